@@ -1,0 +1,998 @@
+"""MixSD: teach a language model new facts without making it forget (arXiv 2605.16865), in one file.
+
+    python mixsd.py                                           # a toy world, from nothing, on a laptop
+    python mixsd.py --model Qwen/Qwen3-1.7B --rho 0.3         # the paper's method on KGFact, one GPU
+    python mixsd.py --model Qwen/Qwen3-1.7B --method sft      # the baseline that forgets
+
+Fine-tuning on facts as we would write them (SFT) moves the model wherever our wording surprises it.  MixSD
+trains on targets that the frozen base model p wrote itself.  Two readers of one shared prefix y_<t take
+turns:
+
+    expert   y+_t ~ p( . | x+, y_<t)      x+ = the prompt x with the answer inserted
+    naive    y-_t ~ p( . | x,  y_<t)      the model's own prior
+    y_t  =  y-_t with probability rho, else y+_t              a coin for each t, tossed beforehand
+    loss =  - sum_t log q(y_t | x, y_<t) / N                  q starts at p and never reads x+
+
+The file runs in this order: contexts, mixed decoding, loss, targets, training, memorization, the toy base,
+devices and files, command line.
+
+Letters:  B examples   C contexts   P prompt width, left-padded   T target tokens   L = P + T
+          V vocabulary   R = examples still being decoded   N target tokens in a step
+
+Differences from the paper: see README.md.  The corpora and their verifiers are in kg_data.py.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen3Config,
+                          Qwen3ForCausalLM)
+from transformers.utils.logging import disable_progress_bar
+
+import kg_data
+from kg_data import InputError
+
+EXPERT, NAIVE = 0, 1                        # the two contexts, in this order everywhere
+
+
+class RunError(RuntimeError):
+    """A failure at run time that was foreseen: one line, exit code 1."""
+
+
+# ------------------------------------------------------------------------------------------------- contexts
+
+def chat_ids(tokenizer, text):
+    """Ids of `text` as one user turn in the chat template, up to where the answer begins; thinking off."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                         enable_thinking=False, return_dict=False)
+
+
+def two_contexts(tokenizer, record, expert_words):
+    """(expert ids, naive ids) of a record: x+ = x PREFIX newline canonical-target TRANSITION, and x."""
+    (prefix, transition), (x, target) = expert_words, (turn["content"] for turn in record["messages"])
+    return chat_ids(tokenizer, f"{x}{prefix}\n{target}{transition}"), chat_ids(tokenizer, x)
+
+
+def stop_ids(model, tokenizer):
+    """Ids that end a completion; first the one that ends an assistant turn, which closes written targets.
+
+    All of generation_config's end tokens and the tokenizer's.  Which one the chat template puts after an
+    answer is read off a rendered conversation (<|im_end|> in Qwen3, <end_of_turn> in Gemma).
+    """
+    ends = model.generation_config.eos_token_id
+    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    if not stops:
+        raise InputError("neither the generation_config nor the tokenizer names an end token")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = [i for i in tokenizer.apply_chat_template(turns, return_dict=False) if i in stops]
+    before = sum(i in stops for i in chat_ids(tokenizer, "a"))              # of the system and the user turn
+    first = rendered[before] if len(rendered) > before else min(stops)
+    return [first] + sorted(stops - {first})
+
+
+def left_pad(prompts, pad_id):
+    """Lists of ids -> ids and mask, both (rows, P), real tokens flush right; the mask is 0 on padding."""
+    P = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (P - len(p)) + p for p in prompts])
+    return ids, torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
+
+
+# -------------------------------------------------------------------------------------------- mixed decoding
+
+def uniforms(what, T, seed, examples, attempt=0):
+    """(B, T) float64 in [0, 1): a function of (what, seed, example, attempt, t) alone.
+
+    Python's own generator, seeded by the SHA-512 of that key: neither the batch nor its order, neither a
+    restart nor the version of a library can change who speaks at which token.
+    """
+    streams = [random.Random(f"{what} seed {seed} example {i} attempt {attempt}") for i in examples]
+    return torch.tensor([[stream.random() for _ in range(T)] for stream in streams], dtype=torch.float64)
+
+
+def draw_sources(rho, T, seed, examples, attempt=0):
+    """(B, T) int64: who supplies each token, NAIVE with probability rho, else EXPERT (paper: mixing rule)."""
+    return torch.where(uniforms("coin", T, seed, examples, attempt) < rho, NAIVE, EXPERT)
+
+
+def wide(device):
+    """float64, but float32 on Apple's mps, which has no more."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def pick(logits, temperature=0.0, top_k=0, u=None):
+    """(R,) ids from logits (R, V): the argmax at temperature 0, else by inverse CDF of u, (R,) in [0, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.to(wide(logits.device)) / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    cdf = logits.softmax(-1).cumsum(-1)                                         # (R, V)
+    choice = torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return torch.minimum(choice, (cdf < cdf[:, -1:]).sum(-1))       # the last with any probability
+
+
+@torch.no_grad()
+def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None):
+    """Continuations of B examples, each read through C contexts that share it token for token.
+
+    Example i owns rows i, B + i, ... of one batch, a row a context, each with its own prompt and KV cache.
+    At step t the context source[i, t] is asked for y_t, and y_t is appended to every row of the example
+    (paper: mixing rule).  C = 2 makes MixSD's targets; C = 1 with source 0 is ordinary generation, for
+    rollouts and evaluation.  Rows of finished examples leave the batch once they are a quarter of it.
+
+    contexts  C lists of B prompts (lists of ids)
+    source    (B, T) int64 in [0, C)
+    stops     ids; a continuation ends with the first of them
+    u         (B, T) float64 in [0, 1), needed at temperature > 0
+    Returns y (B, T) int64, padded with stops[0], and n (B,) int64, the tokens kept: the stop counts, 0 if
+    there was none in T tokens.
+    """
+    (B, T), C, device = source.shape, len(contexts), model.device
+    ids, attention = (t.to(device) for t in left_pad([p for context in contexts for p in context], stops[0]))
+    positions = (attention.cumsum(1) - 1).clamp(min=0)                    # (C*B, P), 0 at a row's first token
+    source, u = source.to(device), None if u is None else u.to(device, wide(device))
+    y, n = torch.full((B, T), stops[0], device=device), torch.zeros(B, dtype=torch.long, device=device)
+    ends = torch.tensor(stops, device=device)
+    cache, alive = DynamicCache(config=model.config), torch.arange(B, device=device)
+    look_every = 16 if device.type == "cuda" else 1                             # a look makes the GPU wait
+
+    for t in range(T):
+        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1]          # (C*R, V)
+        R = len(alive)
+        speaker = source[alive, t] * R + torch.arange(R, device=device)         # (R,) the row that is asked
+        y_t = pick(logits[speaker], temperature, top_k, None if u is None else u[alive, t])
+        unfinished = n[alive] == 0                                              # (R,)
+        y_t = torch.where(unfinished, y_t, stops[0])
+        y[alive, t] = y_t
+        n[alive] = torch.where(unfinished & torch.isin(y_t, ends), t + 1, n[alive])
+
+        if t % look_every == look_every - 1:
+            stay = (n[alive] == 0).nonzero()[:, 0]
+            if len(stay) == 0:
+                break
+            if len(stay) <= 0.75 * R:
+                rows = torch.cat([stay + c * R for c in range(C)])             # (C*R,) for the new, smaller R
+                cache.batch_select_indices(rows)
+                attention, positions, alive, y_t = attention[rows], positions[rows], alive[stay], y_t[stay]
+        ids, positions = y_t.repeat(C)[:, None], positions[:, -1:] + 1          # (C*R, 1)
+        attention = F.pad(attention, (0, 1), value=1)
+    return y, n
+
+
+def batches(widths, budget, C=1):
+    """Lists of the keys of `widths`, shortest first, such that C x rows x padded width stays within `budget`.
+
+    widths  {key: (prompt tokens, new tokens)}; padding makes a batch as wide as its longest prompt plus its
+    longest rest.  A function of its arguments alone, and the batches that follow one don't depend on those
+    before it.
+    """
+    batch, P, T = [], 0, 0
+    for key in sorted(widths, key=lambda k: (sum(widths[k]), k)):
+        wider = max(P, widths[key][0]), max(T, widths[key][1])
+        if batch and C * (len(batch) + 1) * sum(wider) > budget:
+            yield batch
+            batch, wider = [], widths[key]
+        batch, (P, T) = batch + [key], wider
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------------ loss
+
+class Batch(NamedTuple):
+    """Prompts padded on the left, targets on the right, so that every target begins in the same column P."""
+    ids: torch.Tensor           # (B, L) int64
+    attention: torch.Tensor     # (B, L) int64, 0 on padding
+    is_target: torch.Tensor     # (B, T) bool, True on y_1 .. y_stop
+
+
+def collate(examples, pad_id, device):
+    """A Batch of examples [(prompt ids, target ids)]; what is padding is known by length, never by id."""
+    prompts, prompt_mask = left_pad([prompt for prompt, _ in examples], pad_id)
+    T = max(len(target) for _, target in examples)
+    targets = torch.tensor([target + [pad_id] * (T - len(target)) for _, target in examples])
+    is_target = torch.tensor([[t < len(target) for t in range(T)] for _, target in examples])
+    ids, attention = torch.cat([prompts, targets], 1), torch.cat([prompt_mask, is_target.long()], 1)
+    return Batch(ids.to(device), attention.to(device), is_target.to(device))
+
+
+def target_logits(model, batch):
+    """(N, V) logits that predict the batch's N target tokens, row by row; the prompt's are never made."""
+    T = batch.is_target.shape[1]
+    positions = (batch.attention.cumsum(1) - 1).clamp(min=0)                    # (B, L)
+    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=positions,
+                   use_cache=False, logits_to_keep=T + 1).logits[:, :-1]        # (B, T, V): column t: y_t
+    return logits[batch.is_target]
+
+
+def token_nll(model, batch, chunk=256):
+    """(N,) float32: -log q(y_t | x, y_<t), nats, of each target token, the stop included (paper: the loss).
+
+    The caller sums and divides once by the step's N, so that the result does not depend on how a step is cut
+    into micro-batches.  Under bfloat16 no float32 tensor of (N, V) exists: softmax runs in checkpointed
+    chunks.
+    """
+    logits = target_logits(model, batch)
+    labels = batch.ids[:, -batch.is_target.shape[1]:][batch.is_target]          # (N,)
+    nll = lambda a, b: F.cross_entropy(a.float(), b, reduction="none")          # noqa: E731
+    return torch.cat([checkpoint(nll, a, b, use_reentrant=False)
+                      for a, b in zip(logits.split(chunk), labels.split(chunk))])
+
+
+@torch.no_grad()
+def mean_nll(model, examples, pad_id, micro_tokens):
+    """Mean nats/token of each example under `model`, in the order given."""
+    means = [0.0] * len(examples)
+    for part in batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, micro_tokens):
+        nll = token_nll(model, collate([examples[i] for i in part], pad_id, model.device))
+        for i, of_one in zip(part, nll.split([len(examples[i][1]) for i in part])):
+            means[i] = of_one.mean().item()
+    return means
+
+
+# --------------------------------------------------------------------------------------------------- targets
+
+def text_of(tokenizer, ids):
+    """The text of target ids without their stop token, nothing cleaned up."""
+    return tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+
+
+def token_ids(tokenizer, text):
+    """The ids of a bare text."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def written_ids(tokenizer, text, stops):
+    """The ids of a target that somebody wrote, closed with the token that ends a turn."""
+    return token_ids(tokenizer, text) + stops[:1]
+
+
+def make_targets(model, tokenizer, records, pairs, stops, args, folder):
+    """The targets of a run, one dict a kept record in id order; also in folder/targets.jsonl (see README).
+
+    Rounds of drawing: every example not kept yet is decoded with the fresh coins of its next attempt; it is
+    kept if it ends in a stop token and the verifier accepts it.  Then --on-fail: drop the rest, let the
+    expert speak alone (verified too), or take the canonical target.  Finished batches are appended to the
+    file, and to state/draws.jsonl, from which a restart goes on.
+
+    pairs  the records' (expert ids, naive ids)
+    Returns (targets, draws), draws being the lines of state/draws.jsonl, a dict a batch.
+    """
+    path, journal = folder / "targets.jsonl", folder / "state" / "draws.jsonl"
+    draws = read_draws(path, journal)
+    rounds = [(attempt, args.rho) for attempt in range(args.attempts)] if args.method == "mixsd" else []
+    if args.on_fail == "expert" and (args.rho or args.temperature):     # at rho 0 it has spoken alone already
+        rounds.append((args.attempts, 0.0))
+    if args.method == "sft" or args.on_fail == "canonical":
+        rounds.append((args.attempts if args.method == "mixsd" else 0, None))
+
+    kept = {i for d in draws for i in d["kept"]}
+    bar = tqdm(total=len(records), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
+    with open(path, "ab") as targets, open(journal, "a") as log:
+        for attempt, rho in rounds:
+            done = {i for d in draws if d["attempt"] == attempt for i in d["ids"]}
+            new = 0 if rho is None else args.max_new_tokens
+            widths = {i: (max(map(len, pairs[i])), new) for i in range(len(records)) if i not in kept | done}
+            for ids in batches(widths, args.decode_tokens, C=2):
+                start = time.time()
+                answers = draw_batch(model, tokenizer, records, pairs, ids, attempt, rho, stops, args)
+                good = {i: a for i, a in answers.items() if a["ok"]}
+                examples = [(pairs[i][NAIVE], a["ids"]) for i, a in good.items()]
+                nll = mean_nll(model, examples, stops[0], args.micro_tokens)
+                for (i, a), mean in zip(good.items(), nll):
+                    targets.write(target_line(records[i], i, a, attempt, mean, tokenizer))
+                targets.flush()
+                decoded = sum(len(a["ids"]) for a in answers.values()) if rho is not None else 0
+                said = [tokenizer.decode(a["ids"])[-200:] for a in answers.values() if not a["ok"]][:3]
+                draws.append({"attempt": attempt, "ids": ids, "kept": list(good), "tokens": decoded,
+                              "said": said, "bytes": targets.tell(), "seconds": time.time() - start})
+                log.write(json.dumps(draws[-1]) + "\n")
+                log.flush()
+                kept |= set(good)
+                bar.update(len(good))
+                bar.set_postfix(attempt=attempt)
+    bar.close()
+    lines = sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
+    write_atomically(path, b"".join(lines))
+    return [json.loads(line) for line in lines], draws
+
+
+def draw_batch(model, tokenizer, records, pairs, ids, attempt, rho, stops, args):
+    """{example: {"ids", "source", "ok"}} of a batch: mixed decoding at `rho`; None: the canonical targets."""
+    if rho is None:
+        written = {i: written_ids(tokenizer, records[i]["messages"][1]["content"], stops) for i in ids}
+        return {i: {"ids": y, "source": None, "ok": True} for i, y in written.items()}
+    source = draw_sources(rho, args.max_new_tokens, args.seed, ids, attempt)
+    u = uniforms("token", args.max_new_tokens, args.seed, ids, attempt) if args.temperature else None
+    y, n = decode(model, [[pairs[i][c] for i in ids] for c in (EXPERT, NAIVE)], source, stops,
+                  args.temperature, args.top_k or 0, u)
+    answers = {}
+    for i, row, coins, length in zip(ids, y.tolist(), source.tolist(), n.tolist()):
+        row, coins = row[:length or None], coins[:length or None]
+        ok = length > 0 and kg_data.is_correct(text_of(tokenizer, row), records[i].get("answer"), args.verify)
+        answers[i] = {"ids": row, "source": coins, "ok": ok}
+    return answers
+
+
+def target_line(record, i, answer, attempt, nll, tokenizer):
+    """A line of targets.jsonl: the record, with the target's text as assistant turn, its ids, its source."""
+    turns = [record["messages"][0], {"role": "assistant", "content": text_of(tokenizer, answer["ids"])}]
+    row = record | {"messages": turns, "id": i, "target_ids": answer["ids"], "source": answer["source"],
+                    "attempt": attempt, "nll": nll}
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
+
+def read_draws(path, journal):
+    """The batches that a killed run has finished; targets.jsonl is cut back to them."""
+    draws = []
+    if journal.exists():
+        for line in journal.read_text().split("\n")[:-1]:                   # the last line if it was finished
+            draws.append(json.loads(line))
+        write_atomically(journal, "".join(json.dumps(d) + "\n" for d in draws).encode())
+    path.touch()
+    os.truncate(path, draws[-1]["bytes"] if draws else 0)
+    return draws
+
+
+def read_targets(path, records, pairs, base, tokenizer, stops, args):
+    """The targets of somebody's file, by ids where they are there.  Raises InputError if they don't fit."""
+    position, targets = {r["messages"][0]["content"]: i for i, r in enumerate(records)}, []
+    for line, row in kg_data.read_jsonl(path):
+        where, row = f"{path}, line {line}", kg_data.read_record(row, f"{path}, line {line}")
+        question, text = (turn["content"] for turn in row["messages"])
+        if question not in position:
+            raise InputError(f"{where}: not a question of {args.data}: another corpus's (--data, --limit)")
+        ids = row.get("target_ids", written_ids(tokenizer, text, stops))
+        if ("target_ids" in row and not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
+                or ids[-1] not in stops or "target_ids" in row and text_of(tokenizer, ids) != text):
+            raise InputError(f"{where}: target_ids are not its text's: another tokenizer's (--model)")
+        source = row.get("source") if "target_ids" in row else None
+        targets.append({"attempt": 0} | row | {"id": position[question], "target_ids": ids, "source": source})
+    targets.sort(key=lambda t: t["id"])
+    examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
+    nll = mean_nll(base, examples, stops[0], args.micro_tokens)
+    return [t | {"nll": mean} for t, mean in zip(targets, nll)]
+
+
+def show(tokenizer, pair, target):
+    """Print both prompts of an example and its target, the naive tokens marked: the algorithm at a glance."""
+    for name, ids in zip(("expert", "naive"), pair):
+        if target["source"] or name == "naive":             # a target that was written has no expert
+            print(f"--- the {name} reads\n{tokenizer.decode(ids)}")
+    ids, source = target["target_ids"], target["source"] or [EXPERT] * len(target["target_ids"])
+    left, right = ("\033[93m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
+    print("--- the target" + (f", the naive's tokens {left}marked{right}" if target["source"] else ""))
+    starts = [t for t in range(len(ids)) if t == 0 or source[t] != source[t - 1]]
+    for start, end in zip(starts, starts[1:] + [len(ids)]):                     # a run of one speaker
+        before, after = (tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False) for t in (start, end))
+        said = after[len(before):]
+        print(f"{left}{said}{right}" if source[start] == NAIVE else said, end="")
+    print(flush=True)
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+def learning_rate(step, lr, warmup, decay_over=None):
+    """The rate of step 1, 2, ...: linear warm-up, then constant (paper) or linear to 0 over `decay_over`."""
+    fade = 1 - (step - 1) / decay_over if decay_over else 1.0
+    return lr * min(1.0, step / max(warmup, 1)) * fade
+
+
+def save_state(folder, step, model, optimizer):
+    """Write state/step-N.pt beside and rename it; the one before is kept.  12 bytes a parameter each."""
+    path = folder / "state" / f"step-{step:08d}.pt"
+    for old in sorted(path.parent.glob("step-*.pt"))[:-1]:
+        old.unlink()
+    state = {"step": step, "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "rng": torch.get_rng_state()}
+    try:
+        torch.save(state, partial := path.with_suffix(".partial"))
+    except RuntimeError as e:                               # what torch makes of a full disk
+        raise RunError(f"{path} can't be written ({str(e).splitlines()[0]}); free the disk, run again") from e
+    os.replace(partial, path)
+
+
+def load_state(folder, model, optimizer):
+    """Restore the newest state that can be read; returns its step, 0 where there is none."""
+    for path in sorted((folder / "state").glob("step-*.pt"), reverse=True):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
+            print(f"{path} cannot be read ({type(e).__name__}); trying the one before", flush=True)
+            continue
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        return state["step"]
+    return 0
+
+
+def epoch_order(n, seed, epoch):
+    """The order of n examples in an epoch, a function of (n, seed, epoch) alone."""
+    order = list(range(n))
+    random.Random(f"order seed {seed} epoch {epoch}").shuffle(order)
+    return order
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Ctrl-C and SIGTERM wait for the end of the block: weights and step change together or not at all."""
+    held, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in handlers:
+        signal.signal(s, lambda *received: held.append(received))
+    try:
+        yield
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    if held:
+        handlers[held[0][0]](*held[0])
+
+
+def update(model, optimizer, examples, lr, pad_id, micro_tokens, dtype):
+    """One optimizer step on the examples [(prompt ids, target ids)]; returns (nll, gradient norm, N).
+
+    nll is the mean over the step's N target tokens, before the update: what was differentiated.
+    Raises FloatingPointError, with the weights untouched, where the gradient is not finite.
+    """
+    N, total = sum(len(target) for _, target in examples), 0.0
+    with torch.autocast(model.device.type, torch.bfloat16, dtype == torch.bfloat16):    # casts weights once
+        for part in batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, micro_tokens):
+            loss = token_nll(model, collate([examples[i] for i in part], pad_id, model.device)).sum() / N
+            loss.backward()
+            total += loss.item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"loss {total}, gradient norm {norm}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, norm, N
+
+
+def train(model, examples, settings, dtype, pad_id, folder=None, desc="training", decay=False):
+    """Fine-tune `model`, in place, by NLL on examples [(prompt ids, target ids)] (paper: training).
+
+    settings  needs steps, batch_size, lr, warmup, seed, micro_tokens, quiet
+    dtype     of the forward and backward pass under autocast; weights and optimizer are float32
+    folder    where log.jsonl grows, a line a step, and state/ is kept; a killed run goes on from it, bit for
+              bit the same in float32 on a CPU.  None keeps nothing.
+    Raises RunError with the step and the examples where the loss or the gradient is not finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), eps=1e-8,
+                                  weight_decay=0.01, fused=True)
+    done = load_state(folder, model, optimizer) if folder else 0
+    log = cut_log(folder / "log.jsonl", done) if folder else None
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    resumed, saved_at, save_cost = done, time.time(), 0.0
+    bar = tqdm(total=settings.steps, initial=done, desc=desc, unit="step", disable=settings.quiet)
+    try:
+        for step in range(done + 1, settings.steps + 1):
+            start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
+            order = epoch_order(len(examples), settings.seed, epoch)
+            ids = order[at * settings.batch_size:(at + 1) * settings.batch_size]
+            lr = learning_rate(step, settings.lr, settings.warmup, settings.steps if decay else None)
+            with signals_held():
+                try:
+                    nll, norm, N = update(model, optimizer, [examples[i] for i in ids], lr, pad_id,
+                                          settings.micro_tokens, dtype)
+                except FloatingPointError as e:
+                    raise RunError(f"step {step}, examples {ids}: {e}; step {done} is kept") from None
+                done, seconds = step, time.time() - start
+                if log:
+                    row = {"step": step, "epoch": epoch, "nll": nll, "tokens": N, "lr": lr, "grad_norm": norm,
+                           "seconds": seconds, "tok_s": N / seconds, "mem_gib": peak_gib()}
+                    log.write(json.dumps(row) + "\n")
+            bar.update()
+            if step % max(1, settings.steps // 10) == 0:
+                tqdm.write(f"{desc}: step {step}/{settings.steps}, {nll:.3f} nats/token, lr {lr:.1e}")
+            if log and time.time() - saved_at > 20 * save_cost and step < settings.steps:
+                saving = time.time()                        # being safe may take one part in 20 of the time
+                log.flush()
+                save_state(folder, done, model, optimizer)
+                saved_at, save_cost = time.time(), time.time() - saving
+    finally:                                             # the end, Ctrl-C, SIGTERM, a loss that is not finite
+        bar.close()
+        if log:
+            log.close()
+            if done > resumed:
+                save_state(folder, done, model, optimizer)
+
+
+def cut_log(path, step):
+    """log.jsonl opened for appending, cut back to the steps that the saved state has."""
+    lines = path.read_text().split("\n") if path.exists() else []
+    write_atomically(path, "".join(line + "\n" for line in lines[:step]).encode())
+    return open(path, "a")
+
+
+# ---------------------------------------------------------------------------------------------- memorization
+
+def complete(model, tokenizer, prompts, stops, args, desc="answering", temperature=0.0, sample=0):
+    """Yields (i, text, ended) for prompts (a user turn each) as they are answered: `decode` with C = 1.
+
+    args    needs max_new_tokens, decode_tokens, seed, quiet
+    sample  which of several answers to a prompt, at temperature > 0: the key of its random numbers
+    """
+    ids, T = [chat_ids(tokenizer, p) for p in prompts], args.max_new_tokens
+    with tqdm(total=len(ids), desc=desc, unit="", disable=args.quiet) as bar:
+        for part in batches({i: (len(x), T) for i, x in enumerate(ids)}, args.decode_tokens):
+            u = uniforms("answer", T, args.seed, part, sample) if temperature else None
+            source = torch.zeros(len(part), T, dtype=torch.long)
+            y, n = decode(model, [[ids[i] for i in part]], source, stops, temperature, 0, u)
+            for i, row, length in zip(part, y.tolist(), n.tolist()):
+                yield i, text_of(tokenizer, row[:length]) if length else tokenizer.decode(row), length > 0
+            bar.update(len(part))
+
+
+def wilson(k, n, z=1.96):
+    """(low, high): the 95 % Wilson score interval of k successes in n."""
+    p, centre = k / n, (k + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def score(verdicts):
+    """{"accuracy", "n", "low", "high"} of a list of booleans; the interval is Wilson's, 95 %."""
+    low, high = wilson(sum(verdicts), len(verdicts))
+    return {"accuracy": sum(verdicts) / len(verdicts), "n": len(verdicts), "low": low, "high": high}
+
+
+def memorization(model, tokenizer, tasks, stops, args, kept=None):
+    """{task: score} of {task: records}, T = 0, strict; with `kept` ids also the recall over those alone."""
+    scores = {}
+    for task, records in tasks.items():
+        prompts, verdicts = [r["messages"][0]["content"] for r in records], [False] * len(records)
+        for i, text, ended in complete(model, tokenizer, prompts, stops, args, task):
+            verify = "boxed" if task == "held_out" else args.verify
+            verdicts[i] = ended and kg_data.is_correct(text, records[i]["answer"], verify)
+        scores[task] = score(verdicts)
+        if task == "recall" and kept:
+            scores["recall-kept"] = score([verdicts[i] for i in kept])
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------- the toy base
+
+TOY_CONFIG = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
+                  num_key_value_heads=4, head_dim=24, initializer_range=0.08, max_position_embeddings=256,
+                  tie_word_embeddings=True)
+TOY_PRETRAINING = dict(steps=800, batch_size=32, lr=3e-3, warmup=50, seed=0, micro_tokens=2048)
+
+
+def toy_base(quiet=False):
+    """(folder, seconds) of the toy base, a Qwen3 of 0.4 M parameters: pretrained once, then cached."""
+    world = kg_data.toy_pretraining(TOY_PRETRAINING["steps"] * TOY_PRETRAINING["batch_size"])
+    tokenizer = kg_data.toy_tokenizer()
+    words = sorted(tokenizer.get_vocab().items())
+    definition = TOY_CONFIG, TOY_PRETRAINING, world, words, tokenizer.chat_template
+    key = hashlib.sha256(repr(definition).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixsd" / f"toy-{key}"
+    if folder.exists():
+        return folder, 0.0
+    start = time.time()
+    torch.manual_seed(0)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad, **TOY_CONFIG)
+    model = Qwen3ForCausalLM(config)
+    examples = [(chat_ids(tokenizer, x), tokenizer(y)["input_ids"] + [end]) for x, y in world]
+    settings = argparse.Namespace(**TOY_PRETRAINING, quiet=quiet)
+    train(model, examples, settings, torch.float32, pad, desc="pretraining the toy", decay=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    with contextlib.suppress(OSError):                      # another run was faster: take its folder
+        partial.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    return folder, time.time() - start
+
+
+# ----------------------------------------------------------------------------------------- devices and files
+
+def peak_gib():
+    """Peak memory of this process so far, GiB: the GPU's where there is one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def pick_device(device, dtype):
+    """(device, compute dtype): auto: CUDA, else mps, else the CPU; bfloat16 where in hardware."""
+    if device == "auto":
+        has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(device).index or 0)
+    if dtype == "auto":
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text() if device == "cpu" and cpuinfo.exists() else ""
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda")
+                else re.search(r"\b(avx512_bf16|amx_bf16)\b", flags))
+        dtype = "bfloat16" if fast else "float32"
+    return device, getattr(torch, dtype)
+
+
+def load(loader, path, **options):
+    """loader.from_pretrained(path), path a folder or a hub id.  Raises InputError with what was tried."""
+    if not Path(path).is_dir() and (path[0] in "./~" or path.count("/") > 1):
+        raise InputError(f"--model {path}: no such folder")
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError) as e:
+        why = ("not a model's folder" if Path(path).is_dir() else "no folder here, nor on a hub in reach; "
+               "download it where there is a network and give its folder")
+        raise InputError(f"--model {path}: {why} ({str(e).strip().splitlines()[0]})") from None
+
+
+def load_tokenizer(path):
+    """The tokenizer in `path`, which must be a chat model's."""
+    tokenizer = load(AutoTokenizer, str(path))
+    if not tokenizer.chat_template:
+        raise InputError(f"--model {path}: its tokenizer has no chat template; choose an instruct model")
+    return tokenizer
+
+
+def load_model(path, dtype, device):
+    """The causal model in `path` with its weights as `dtype`, on `device`, dropout off."""
+    config = load(AutoConfig, str(path))                    # the smallest file first: a wrong name fails soon
+    model = load(AutoModelForCausalLM, str(path), config=config, dtype=dtype, use_safetensors=True)
+    return model.to(device).eval()
+
+
+def save_model(model, tokenizer, folder):
+    """Write a plain Hugging Face folder, float32."""
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as e:                            # what safetensors makes of a full disk
+        raise RunError(f"{folder} can't be written ({e}); free the disk and run again") from e
+
+
+def write_atomically(path, data):
+    """Write bytes to `path` so that a reader sees the old file or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def remember(path, compute):
+    """The JSON in `path`, or compute() written there first: a phase that a restart need not repeat."""
+    if not path.exists():
+        write_atomically(path, json.dumps(compute()).encode())
+    return json.loads(path.read_text())
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+DEFAULTS = {"method": "mixsd", "rho": 0.3, "temperature": 0.0, "top_k": 0, "style": "boxed", "attempts": 11,
+            "on_fail": "drop", "batch_size": 16, "warmup": 20, "seed": 0, "device": "auto", "dtype": "auto",
+            "decode_tokens": 65536, "micro_tokens": 4096}
+RECIPES = {                                 # of each kind of corpus; the paper tunes lr in 1e-6..1e-4 per run
+    "toy": {"epochs": 50, "lr": 3e-4, "temperature": 1.0, "max_new_tokens": 48, "dtype": "float32"},
+    "kgfact": {"epochs": 30, "lr": 1e-5, "max_new_tokens": 1024},
+    "own file": {"epochs": 30, "lr": 1e-5, "max_new_tokens": 1024},
+    "sentence style": {"max_new_tokens": 48}}
+DRAW_FLAGS = ["rho", "temperature", "top_k", "attempts", "on_fail"]         # how mixsd draws its targets
+TRAIN_FLAGS = ["epochs", "steps", "batch_size", "lr", "warmup"]
+FREE_FLAGS = ["device", "decode_tokens", "micro_tokens", "out", "quiet", "targets_only"]    # may change
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a finite number of `kind` in [low, high], or (low, high] with `above`."""
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and (low < value if above else low <= value) and value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if above else '['}{low}, {high}]")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def usage_error(message):
+    """In place of argparse's page of usage: one line."""
+    raise InputError(f"{message} (see --help)")
+
+
+def parse_args(argv=None):
+    """The command line as a namespace, None what was not given.  Raises InputError on a usage error."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                epilog="Other defaults come from the corpus's recipe; a run prints them all.")
+    p.error = usage_error
+    count, probability, add = number(int, 1), number(float, 0, 1), p.add_argument
+    add("--model", default="toy", help="toy, a Hugging Face hub id, or a folder (default: toy)")
+    add("--data", help="toy, kgfact-small, kgfact-large, or a .jsonl file (default: after the model)")
+    add("--method", choices=["mixsd", "sft"], help="mixsd: mixed decoding (default); sft: canonical targets")
+    add("--rho", type=probability, help="mixing rate, P(naive token) (paper: rho; default 0.3)")
+    add("--temperature", type=number(float, 0), help="of mixed decoding; 0: argmax (paper: T; default 0)")
+    add("--top-k", type=number(int, 0), help="sample among the k likeliest; 0: all (default; needs T > 0)")
+    add("--style", choices=["boxed", "sentence"], help="reason and box (paper, default), or one sentence")
+    add("--verify", choices=["boxed", "phrase", "none"], help="what a target and an answer must show")
+    add("--attempts", type=count, help="draws in all for a target that the verifier refuses (default 11)")
+    add("--on-fail", choices=["drop", "expert", "canonical"], help="for what never passes (default drop)")
+    add("--targets", metavar="FILE", help="train on the targets of this file instead of making them")
+    add("--targets-only", action="store_true", help="stop when the targets are made")
+    add("--max-new-tokens", type=count, help="longest completion, in tokens")
+    add("--epochs", type=count, help="passes over the targets")
+    add("--steps", type=count, help="optimizer steps; overrides --epochs")
+    add("--batch-size", type=count, help="examples in an optimizer step (default 16)")
+    add("--lr", type=number(float, 0, above=True), help="AdamW's rate after the warm-up")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (default 20)")
+    add("--seed", type=number(int, 0), help="of the coins, the samples and the order (default 0)")
+    add("--device", help="auto (default), cuda, mps or cpu")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], help="compute type; weights train in float32")
+    add("--decode-tokens", type=count, help="KV slots of a decoding batch, rows x (prompt + new) (65536)")
+    add("--micro-tokens", type=count, help="padded tokens of a training micro-batch (default 4096)")
+    add("--limit", type=count, help="only the corpus's first N facts")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA-METHOD...); is resumed")
+    add("--quiet", action="store_true", help="no progress bars")
+    return p.parse_args(argv)
+
+
+def resolve(given):
+    """(args, origin): every flag settled, and {flag: where from}.  Raises InputError where flags clash."""
+    args, origin = argparse.Namespace(**vars(given)), {}
+    args.data = args.data or ("toy" if args.model == "toy" else "kgfact-small")
+    toy = "toy" in (args.model, args.data)
+    kind = "toy" if toy else "kgfact" if args.data in kg_data.KGFACT_SIZES else "own file"
+    tables = {f"recipe {kind}": RECIPES[kind], "default": DEFAULTS}
+    if args.style == "sentence":
+        tables = {"recipe sentence style": RECIPES["sentence style"]} | tables
+    for flag, value in vars(given).items():
+        origin[flag] = "derived" if value is None else "flag"
+        for name, table in tables.items():
+            if getattr(args, flag) is None and flag in table:
+                setattr(args, flag, table[flag])
+                origin[flag] = name
+    args.verify = args.verify or ("phrase" if args.style == "sentence" else "boxed")
+
+    unused = {}
+    if args.targets:
+        unused = dict.fromkeys(DRAW_FLAGS + ["method"], "with --targets: they are made already")
+        args.method = "targets"
+    elif args.method == "sft":
+        unused = dict.fromkeys(DRAW_FLAGS, "by --method sft, whose targets are the corpus's own")
+    elif not args.temperature:
+        unused = {"top_k": "at --temperature 0"}
+        if args.rho in (0, 1):
+            unused["attempts"] = f"at --temperature 0 and --rho {args.rho:g}, where every draw is the same"
+    if args.targets_only:
+        unused |= dict.fromkeys(TRAIN_FLAGS + ["targets"], "with --targets-only")
+    for flag, why in unused.items():
+        if getattr(given, flag) is not None:
+            raise InputError(f"--{flag.replace('_', '-')} is not used {why}")
+        if flag in DRAW_FLAGS:
+            setattr(args, flag, None)
+    if args.method == "mixsd":
+        args.attempts = args.attempts or 1
+    if args.model == "toy" and args.data in kg_data.KGFACT_SIZES:
+        raise InputError(f"--data {args.data}: the toy's vocabulary is too small for it (--model)")
+    if toy and args.style == "sentence":
+        raise InputError("--style sentence is not for the toy, which has one way to answer")
+    return args, origin
+
+
+def run_folder(args):
+    """The run's folder, not made yet.  Raises InputError if it holds other settings, by name."""
+    rho = f"-rho{args.rho:g}" if args.rho is not None else ""
+    name = f"{Path(args.model).name}-{Path(args.data).stem}-{args.method}{rho}-s{args.seed}"
+    folder = Path(args.out or Path("runs") / name)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file")
+    settings = counting_settings(args)
+    for flag, value in stored_settings(folder).items():
+        if flag in settings and settings[flag] != value:
+            raise InputError(f"--out {folder} holds a run with --{flag.replace('_', '-')} {value}, not "
+                             f"{settings[flag]}; give another --out, or remove the folder")
+    return folder
+
+
+def counting_settings(args):
+    """The settings that make a run what it is: all but the device, the memory budgets and the folder."""
+    free = FREE_FLAGS + (TRAIN_FLAGS if args.targets_only else [])
+    settings = {k: v for k, v in vars(args).items() if k not in free}
+    for flag in ("data", "targets"):                        # a file is what it holds, not its name
+        if getattr(args, flag) and Path(getattr(args, flag)).is_file():
+            settings[f"{flag}_sha256"] = hashlib.sha256(Path(getattr(args, flag)).read_bytes()).hexdigest()
+    return settings
+
+
+def stored_settings(folder):
+    """What args.json in the run's folder holds; nothing where there is none."""
+    path = folder / "args.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def check_corpus(records, pairs, tokenizer, model, given, args):
+    """Refuse records that can't be learned; returns the positions that the model has left for new tokens."""
+    specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    unknown = {tokenizer.unk_token_id} - {None}
+    for i, record in enumerate(records, 1):
+        for turn in record["messages"]:
+            held = [s for s in specials if s in turn["content"]]
+            if held:
+                raise InputError(f"{args.data}, record {i}: holds {held[0]}, a control token of {args.model}")
+            if unknown & set(token_ids(tokenizer, turn["content"])):
+                raise InputError(f"{args.data}, record {i}: has words that {args.model} has no token for")
+    longest = max(max(map(len, pair)) for pair in pairs)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    if longest + (given.max_new_tokens or 1) > room:
+        raise InputError(f"prompt of {longest:,} tokens + {given.max_new_tokens or 1:,} new > {room:,}, the "
+                         f"positions of {args.model} (--max-new-tokens)")
+    if longest + args.max_new_tokens > room:
+        print(f"max-new-tokens clipped to {room - longest:,}: {room:,} positions - {longest:,} of the prompt")
+    return room - longest
+
+
+def run(given):
+    """The whole job: targets, training, memorization before and after; returns what metrics.json holds."""
+    args, origin = resolve(given)
+    args.device, dtype = pick_device(args.device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
+    folder = run_folder(args)
+    if (folder / "metrics.json").exists():
+        print(f"{folder} is finished; its result:")
+        return json.loads((folder / "metrics.json").read_text())
+
+    records = kg_data.load_corpus(args.data, "train", args.style, args.verify)[:args.limit]
+    path, pretrain_seconds = toy_base(args.quiet) if args.model == "toy" else (args.model, 0.0)
+    base, tokenizer = load_model(path, dtype, args.device), load_tokenizer(path)
+    stops = stop_ids(base, tokenizer)
+    words = kg_data.EXPERT_WORDS["toy" if "toy" in (args.model, args.data) else args.style]
+    pairs = [two_contexts(tokenizer, r, words) for r in records]
+    room = check_corpus(records, pairs, tokenizer, base, given, args)
+    given_targets = None
+    if args.targets:
+        given_targets = read_targets(args.targets, records, pairs, base, tokenizer, stops, args)
+    start_run(folder, args, origin)
+    args.max_new_tokens = min(args.max_new_tokens, room)
+
+    if given_targets:
+        targets, draws = given_targets, []
+        lines = [json.dumps(t, ensure_ascii=False) + "\n" for t in targets]
+        write_atomically(folder / "targets.jsonl", "".join(lines).encode())
+    else:
+        targets, draws = make_targets(base, tokenizer, records, pairs, stops, args, folder)
+    if not targets:
+        said = [repr(text) for d in draws for text in d["said"]][:3]
+        raise RunError(f"no target passed --verify {args.verify} in {args.attempts} attempts (see --style, "
+                       f"--on-fail); the model said {', '.join(said)}")
+    show(tokenizer, pairs[targets[0]["id"]], targets[0])
+    if args.targets_only:
+        return summary(args, targets, draws, records, folder)
+    tasks, kept = memorization_tasks(records, args), sorted({t["id"] for t in targets})
+    before = remember(folder / "state" / "base.json",
+                      lambda: timed(memorization, base, tokenizer, tasks, stops, args, kept))
+    del base
+
+    student = load_model(path, torch.float32, args.device)
+    examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
+    args.steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch_size)
+    train(student, examples, args, dtype, stops[0], folder)
+    save_model(student, tokenizer, folder / "model")
+    after = timed(memorization, student.to(dtype), tokenizer, tasks, stops, args, kept)
+
+    metrics = summary(args, targets, draws, records, folder, before, after, pretrain_seconds)
+    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    for state in (folder / "state").glob("step-*"):                     # 12 bytes a parameter, needed no more
+        state.unlink()
+    return metrics
+
+
+def start_run(folder, args, origin):
+    """Make the folder, write args.json, and print every setting with where it comes from."""
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    settings = stored_settings(folder) | counting_settings(args)
+    write_atomically(folder / "args.json", json.dumps(settings, indent=1).encode())
+    for flag, value in vars(args).items():
+        if value is not None and value is not False:
+            print(f"{flag:15} {value!s:32} {origin[flag]}")
+    print(f"{'folder':15} {folder}\n", flush=True)
+
+
+def memorization_tasks(records, args):
+    """{task: records} of what is asked before and after: all facts, their targets kept or not."""
+    tasks = {"recall": records} if args.verify != "none" else {}
+    if tasks and args.data in kg_data.CORPORA:
+        tasks["paraphrase"] = kg_data.load_corpus(args.data, "paraphrase", args.style)[:args.limit]
+    if args.model == "toy":
+        tasks["held_out"] = kg_data.toy("held_out")
+    return tasks
+
+
+def timed(function, *args):
+    """{"result": function(*args), "seconds": how long it took}"""
+    start = time.time()
+    return {"result": function(*args), "seconds": time.time() - start}
+
+
+def summary(args, targets, draws, records, folder, before=None, after=None, pretrain_seconds=0.0):
+    """What metrics.json holds (README, "Files of a run"); the parts that were not measured are null."""
+    sources = [c for t in targets for c in t["source"] or []]
+    tokens = sum(len(t["target_ids"]) for t in targets)
+    steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if after else []
+    phases = [phase for phase in (before, after) if phase]
+    held_out = [phase["result"]["held_out"]["accuracy"] for phase in phases if "held_out" in phase["result"]]
+    return {
+        "model": args.model, "data": args.data, "method": args.method, "rho": args.rho, "seed": args.seed,
+        "base": before and before["result"], "tuned": after and after["result"],
+        "retention": held_out[1] / held_out[0] if held_out and held_out[0] else None,
+        "targets": {"kept": len({t["id"] for t in targets}), "of": len(records),
+                    "attempts": sum(len(d["ids"]) for d in draws if d["tokens"]),
+                    "nll": sum(t["nll"] * len(t["target_ids"]) for t in targets) / tokens,
+                    "naive_share": sources.count(NAIVE) / len(sources) if sources else None},
+        "tokens": {"decoded": sum(d["tokens"] for d in draws), "trained": sum(s["tokens"] for s in steps)},
+        "seconds": {"pretrain": pretrain_seconds, "decode": sum(d["seconds"] for d in draws),
+                    "train": sum(s["seconds"] for s in steps),
+                    "evaluate": sum(phase["seconds"] for phase in phases)},
+        "peak_gib": peak_gib()}
+
+
+def print_table(metrics):
+    """A row for the base, a row for the tuned model, a column a task: accuracy and its 95 % interval."""
+    targets = metrics["targets"]
+    print(f"\n{targets['kept']} of {targets['of']} targets kept, {targets['nll']:.2f} nats/token under p")
+    if not metrics["tuned"]:
+        return
+    tasks = list(metrics["tuned"])
+    print(" " * 8 + "".join(f"{task:>20}" for task in tasks))
+    for name, row in (("base", metrics["base"]), (metrics["method"], metrics["tuned"])):
+        cells = [row[task] if task in row else None for task in tasks]
+        print(f"{name:8}" + "".join(f"{c['accuracy']:.2f} [{c['low']:.2f}, {c['high']:.2f}]".rjust(20) if c
+                                    else " " * 20 for c in cells))
+    if metrics["retention"] is not None:
+        print(f"retention {metrics['retention']:.2f} = held-out accuracy after / before")
+
+
+def main(argv=None):
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 refused, 130 Ctrl-C, 143 SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    disable_progress_bar()                                  # of loading and saving: ours are enough
+    try:
+        metrics = run(parse_args(argv))
+        print_table(metrics)
+        print(json.dumps(metrics))
+        return 0
+    except InputError as e:
+        message, code = e, 2
+    except (KeyboardInterrupt, SystemExit) as e:
+        if isinstance(e, SystemExit) and e.code != 143:                         # --help
+            raise
+        message = "stopped; the same command goes on from what is saved"
+        code = 143 if isinstance(e, SystemExit) else 130
+    except RunError as e:
+        message, code = e, 1
+    except torch.OutOfMemoryError as e:
+        message, code = f"{str(e).splitlines()[0]} Lower --decode-tokens or --micro-tokens.", 1
+    except OSError as e:
+        message, code = f"{e.filename or 'writing'}: {e.strerror or e}; mend it and run the same command", 1
+    print(f"mixsd.py: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
