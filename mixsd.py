@@ -931,7 +931,7 @@ def timed(function, *args):
 
 
 def summary(args, targets, draws, records, folder, before=None, after=None, pretrain_seconds=0.0):
-    """What metrics.json holds (README, "Files of a run"); the parts that were not measured are null."""
+    """What metrics.json holds (README, "Files"); the parts that were not measured are null."""
     sources = [c for t in targets for c in t["source"] or []]
     tokens = sum(len(t["target_ids"]) for t in targets)
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if after else []

@@ -17,8 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
+                          Qwen3Config, Qwen3ForCausalLM)
 
 import kg_data
 import mixsd
@@ -113,7 +113,8 @@ def test_a_target_does_not_depend_on_its_batch(model, temperature):
 def test_coins_are_keyed_by_example_and_attempt_and_prefix_stable():
     a = mixsd.uniforms("coin", 50, 1, [3, 4], 0)
     assert torch.equal(mixsd.uniforms("coin", 20, 1, [4], 0)[0], a[1, :20])
-    for what, seed, example, attempt in (("coin", 1, 4, 0), ("coin", 1, 3, 1), ("coin", 2, 3, 0), ("token", 1, 3, 0)):
+    others = [("coin", 1, 4, 0), ("coin", 1, 3, 1), ("coin", 2, 3, 0), ("token", 1, 3, 0)]
+    for what, seed, example, attempt in others:
         assert (mixsd.uniforms(what, 50, seed, [example], attempt)[0] != a[0]).all()
 
 
@@ -126,8 +127,8 @@ def test_the_naive_share_is_rho(rho):
 
 def test_at_temperature_1_first_tokens_follow_the_mixture():
     torch.manual_seed(1)
-    small = Qwen3ForCausalLM(Qwen3Config(vocab_size=6, hidden_size=32, intermediate_size=32, head_dim=16,
-                                         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)).eval()
+    small = Qwen3ForCausalLM(Qwen3Config(vocab_size=6, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=2, num_key_value_heads=2, head_dim=16)).eval()
     for p in small.parameters():
         p.data *= 3
     expert, naive, n, rho = [1, 2, 3, 1], [4, 2], 4000, 0.3
@@ -200,7 +201,8 @@ def test_micro_batches_of_unequal_length_add_up_to_the_full_batch():
 
 def test_what_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
     net = tiny_model()
-    settings = argparse.Namespace(steps=3, batch_size=2, lr=1e-3, warmup=0, seed=0, micro_tokens=99, quiet=True)
+    settings = argparse.Namespace(steps=3, batch_size=2, lr=1e-3, warmup=0, seed=0, micro_tokens=99,
+                                  quiet=True)
     (tmp_path / "state").mkdir()
     before = [p.clone() for p in net.parameters()]
     hook = net.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
