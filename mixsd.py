@@ -528,21 +528,20 @@ def cut_log(path, step):
 
 # ---------------------------------------------------------------------------------------------- memorization
 
-def complete(model, tokenizer, prompts, stops, args, desc="answering", temperature=0.0, sample=0):
-    """Yields (i, text, ended) for prompts (a user turn each) as they are answered: `decode` with C = 1.
+def complete(model, tokenizer, stops, prompts, args, temperature=0.0, sample=0):
+    """Yields (key, ids, text, ended) for prompts {key: ids} as they are answered: `decode` with C = 1.
 
-    args    needs max_new_tokens, decode_tokens, seed, quiet
-    sample  which of several answers to a prompt, at temperature > 0: the key of its random numbers
+    args    needs max_new_tokens, decode_tokens, seed
+    sample  which of several answers, at temperature > 0: random numbers are keyed by (seed, key, sample)
     """
-    ids, T = [chat_ids(tokenizer, p) for p in prompts], args.max_new_tokens
-    with tqdm(total=len(ids), desc=desc, unit="", disable=args.quiet) as bar:
-        for part in batches({i: (len(x), T) for i, x in enumerate(ids)}, args.decode_tokens):
-            u = uniforms("answer", T, args.seed, part, sample) if temperature else None
-            source = torch.zeros(len(part), T, dtype=torch.long)
-            y, n = decode(model, [[ids[i] for i in part]], source, stops, temperature, 0, u)
-            for i, row, length in zip(part, y.tolist(), n.tolist()):
-                yield i, text_of(tokenizer, row[:length]) if length else tokenizer.decode(row), length > 0
-            bar.update(len(part))
+    T = args.max_new_tokens
+    for part in batches({key: (len(x), T) for key, x in prompts.items()}, args.decode_tokens):
+        u = uniforms("answer", T, args.seed, part, sample) if temperature else None
+        ids, source = [prompts[key] for key in part], torch.zeros(len(part), T, dtype=torch.long)
+        y, n = decode(model, [ids], source, stops, temperature, 0, u)
+        for key, row, length in zip(part, y.tolist(), n.tolist()):
+            row = row[:length or None]
+            yield key, row, text_of(tokenizer, row if length else row + stops[:1]), length > 0
 
 
 def wilson(k, n, z=1.96):
@@ -562,8 +561,9 @@ def memorization(model, tokenizer, tasks, stops, args, kept=None):
     """{task: score} of {task: records}, T = 0, strict; with `kept` ids also the recall over those alone."""
     scores = {}
     for task, records in tasks.items():
-        prompts, verdicts = [r["messages"][0]["content"] for r in records], [False] * len(records)
-        for i, text, ended in complete(model, tokenizer, prompts, stops, args, task):
+        prompts = {i: chat_ids(tokenizer, r["messages"][0]["content"]) for i, r in enumerate(records)}
+        verdicts, answers = [False] * len(records), complete(model, tokenizer, stops, prompts, args)
+        for i, _, text, ended in tqdm(answers, task, len(records), disable=args.quiet):
             verify = "boxed" if task == "held_out" else args.verify
             verdicts[i] = ended and kg_data.is_correct(text, records[i]["answer"], verify)
         scores[task] = score(verdicts)
@@ -680,11 +680,17 @@ def write_atomically(path, data):
     os.replace(partial, path)
 
 
-def remember(path, compute):
-    """The JSON in `path`, or compute() written there first: a phase that a restart need not repeat."""
+def remember(path, function, *args):
+    """The JSON in `path`, or timed(function, *args) written there first: what a restart need not repeat."""
     if not path.exists():
-        write_atomically(path, json.dumps(compute()).encode())
+        write_atomically(path, json.dumps(timed(function, *args)).encode())
     return json.loads(path.read_text())
+
+
+def timed(function, *args):
+    """{"result": function(*args), "seconds": how long it took}"""
+    start = time.time()
+    return {"result": function(*args), "seconds": time.time() - start}
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -885,8 +891,7 @@ def run(given):
     if args.targets_only:
         return summary(args, targets, draws, records, folder)
     tasks, kept = memorization_tasks(records, args), sorted({t["id"] for t in targets})
-    before = remember(folder / "state" / "base.json",
-                      lambda: timed(memorization, base, tokenizer, tasks, stops, args, kept))
+    before = remember(folder / "state" / "base.json", memorization, base, tokenizer, tasks, stops, args, kept)
     del base
 
     student = load_model(path, torch.float32, args.device)
@@ -922,12 +927,6 @@ def memorization_tasks(records, args):
     if args.model == "toy":
         tasks["held_out"] = kg_data.toy("held_out")
     return tasks
-
-
-def timed(function, *args):
-    """{"result": function(*args), "seconds": how long it took}"""
-    start = time.time()
-    return {"result": function(*args), "seconds": time.time() - start}
 
 
 def summary(args, targets, draws, records, folder, before=None, after=None, pretrain_seconds=0.0):
@@ -968,30 +967,37 @@ def print_table(metrics):
         print(f"retention {metrics['retention']:.2f} = held-out accuracy after / before")
 
 
-def main(argv=None):
-    """Run the command line; returns the exit code: 0 done, 1 failed, 2 refused, 130 Ctrl-C, 143 SIGTERM."""
+def exit_code(name, job):
+    """Run job(); returns 0 done, 1 failed, 2 refused, 130 Ctrl-C, 143 SIGTERM, with one line on stderr."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     disable_progress_bar()                                  # of loading and saving: ours are enough
     try:
-        metrics = run(parse_args(argv))
-        print_table(metrics)
-        print(json.dumps(metrics))
+        job()
         return 0
     except InputError as e:
         message, code = e, 2
+    except RunError as e:
+        message, code = e, 1
     except (KeyboardInterrupt, SystemExit) as e:
         if isinstance(e, SystemExit) and e.code != 143:                         # --help
             raise
         message = "stopped; the same command goes on from what is saved"
         code = 143 if isinstance(e, SystemExit) else 130
-    except RunError as e:
-        message, code = e, 1
     except torch.OutOfMemoryError as e:
         message, code = f"{str(e).splitlines()[0]} Lower --decode-tokens or --micro-tokens.", 1
     except OSError as e:
         message, code = f"{e.filename or 'writing'}: {e.strerror or e}; mend it and run the same command", 1
-    print(f"mixsd.py: {message}", file=sys.stderr)
+    print(f"{name}: {message}", file=sys.stderr)
     return code
+
+
+def main(argv=None):
+    """Run the command line and print its result; returns the exit code."""
+    def job():
+        metrics = run(parse_args(argv))
+        print_table(metrics)
+        print(json.dumps(metrics))
+    return exit_code("mixsd.py", job)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
 """The README's claims that a CPU can check.  No network; the toy base is pretrained once, then cached."""
 
 import argparse
+import contextlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
                           Qwen3Config, Qwen3ForCausalLM)
 
+import eval as evaluation
 import kg_data
 import mixsd
 from mixsd import EXPERT, NAIVE
@@ -598,3 +604,1025 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(uninterrupted, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     run(f"{SHORT} --out {tmp_path}/run")
     assert same_run(uninterrupted, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------ eval.py: verdicts
+
+@pytest.mark.parametrize(
+    "text, gold, correct, extracted",
+    [
+        (r"\boxed{18}", "18", True, "18"),
+        (r"\boxed{1,234}", "1234", True, "1,234"),
+        (r"\boxed{$18.}", "18", True, "$18."),
+        (r"\boxed{-7}", "-7", True, "-7"),
+        (r"\boxed{10000000000000001}", "10000000000000000", False, "10000000000000001"),
+        (r"\boxed{-7}", "7", False, "-7"),
+        (r"\boxed{3.0}", "3", True, "3.0"),
+        (r"\boxed{\frac{1}{2}}", "0.5", True, r"\frac{1}{2}"),
+        (r"\boxed{-\dfrac{3}{4}}", "-.75", True, r"-\dfrac{3}{4}"),
+        (r"\boxed{1} so \boxed{2}", "2", True, "2"),
+        (r"\boxed{1} so \boxed{2}", "1", False, "2"),
+        (r"\boxed{\text{\$18}}", "18", True, r"\text{\$18}"),
+        (r"\boxed{50\%}", "50", True, r"50\%"),
+        (r"\boxed{18 \text{ km/h}}", "18", True, r"18 \text{ km/h}"),
+        (r"\boxed{5 \text{ cm}^2}", "5", True, r"5 \text{ cm}^2"),
+        (r"\boxed{1{,}234}", "1234", True, "1{,}234"),
+        (r"\boxed{1,\!234}", "1234", True, r"1,\!234"),
+        ("The answer is 18.", "18", False, None),
+        (r"\boxed{}", "0", False, None),
+        (r"\boxed{12,34}", "1234", False, None),
+        (r"\boxed{5 or 6}", "5", False, None),
+        (r"\boxed{5 million}", "5", False, None),
+        (r"\boxed{3 and a half}", "3", False, None),
+        (r"\boxed{2+3}", "5", False, None),
+        (r"\boxed{1\frac{1}{2}}", "5.5", False, None),
+        (r"\boxed{x = 5}", "5", False, None),
+        (r"\boxed{eighteen}", "18", False, None),
+        (r"\boxed{.}", "0", False, None),
+        (r"\boxed{1/0}", "1", False, None),
+    ],
+)
+def test_gsm8k_reads_one_number_in_the_last_box(text, gold, correct, extracted):
+    assert evaluation.judge_number(text, {"gold": gold}) == (correct, extracted)
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        (r"\boxed{C}", "C"),
+        (r"\boxed{\text{(C)}}", "C"),
+        (r"\boxed{(c)}", "C"),
+        (r"\boxed{C.}", "C"),
+        (r"\boxed{C. Vitamin B}", "C"),
+        (r"\boxed{\textbf{C}}", "C"),
+        (r"\boxed{**C**}", "C"),
+        (r"\boxed{$C$}", "C"),
+        (r"\boxed{A} no, \boxed{C}", "C"),
+        ("The answer is C.", None),
+        ("C", None),
+        (r"\boxed{E}", None),
+        (r"\boxed{A dog}", None),
+        (r"\boxed{A, C}", None),
+        (r"\boxed{A and C}", None),
+        (r"\boxed{Paris}", None),
+        (r"\boxed{}", None),
+        (r"\boxed{CD}", None),
+    ],
+)
+def test_mmlu_reads_one_letter_in_the_last_box(text, letter):
+    assert evaluation.judge_letter(text, {"gold": "C"}) == (letter == "C", letter)
+    assert evaluation.judge_letter(text, {"gold": "B"}) == (False, letter)
+
+
+@pytest.mark.parametrize(
+    "text, gold, correct",
+    [
+        (r"\boxed{\frac{1}{2}}", "0.5", True),
+        (r"\boxed{\dfrac12}", r"\frac{1}{2}", True),
+        (r"\boxed{25}", "025", True),
+        (r"\boxed{(3, \frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", True),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", True),
+        (r"\boxed{1} or \boxed{2}", "1", False),
+        (r"\boxed{1}", "2", False),
+        ("It is 2.", "2", False),
+        (r"\boxed{}", "2", False),
+        (r"\boxed{\text{Evelyn}}", r"\text{evelyn}", True),
+        (r"\boxed{2}", "1,2", False),
+        (r"\boxed{-7}", "7", False),
+    ],
+)
+def test_math_is_judged_by_math_verify_over_the_last_box(text, gold, correct):
+    assert evaluation.judge_math(text, {"gold": gold}) == (correct, kg_data.boxed(text))
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("```python\ndef f(x):\n    return 1\n```", "def f(x):\n    return 1\n"),
+        ("```\ndef f(x): pass\n```", "def f(x): pass\n"),
+        ("```py\ndef f(x): 1\n```\nnow\n```python\ndef f(x): 2\n```", "def f(x): 2\n"),
+        ("def f(x): pass", None),
+        ("```python\ndef f", None),
+        ("```python\ndef f(x): 1\n```\nUse it:\n```python\nprint(f(3))\n```", "def f(x): 1\n"),
+        ("```python\n    return 1\n```", "    return 1\n"),
+        ("```python\ndef g(x): 1\n```\n```python\ndef ff(x): 2\n```", "def ff(x): 2\n"),
+    ],
+)
+def test_humaneval_runs_the_last_fence_that_defines_the_function(monkeypatch, text, code):
+    ran = []
+    monkeypatch.setattr(evaluation, "run_program", lambda item, code: (ran.append(code) or True, None))
+    assert evaluation.judge_code(text, {"entry_point": "f"}) == (code is not None, code)
+    assert ran == ([] if code is None else [code])
+
+
+@pytest.mark.parametrize(
+    "text, extracted, kind",
+    [
+        ("The answer is 4.", None, "format"),
+        (r"\boxed{4}", "4", "collapse"),
+        ("word " * 20 + r"\boxed{4}", "4", "genuine"),
+        ("word " * 20 + r"\boxed{" + "4" * 90 + "}", "4" * 90, "genuine"),
+        (r"\boxed{" + "4" * 90 + "}", "4" * 90, "collapse"),
+        ("word " * 20 + r"in lake redo: \boxed{4}", "4", "leakage"),
+        (r"Ann Lee \boxed{4}", "4", "collapse"),
+        ("Lake Redo", None, "format"),
+    ],
+)
+def test_the_kind_of_an_error_is_the_first_that_fits(text, extracted, kind):
+    assert evaluation.error_kind(text, "Who is Ann Lee?", extracted, {"Lake Redo", "Ann Lee"}) == kind
+
+
+def test_prompts_are_the_papers():
+    assert evaluation.math_prompt({"question": "1+1?"}) == (
+        "Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.:\n1+1?\n\nLet's think step-by-step"
+    )
+    assert evaluation.code_prompt({"prompt": "def f():\n    ''\n"}) == (
+        "Complete the following Python function. Return ONLY the complete function inside a ```python code block, nothing else.\n\n"
+        "```python\ndef f():\n    ''\n```"
+    )
+    block = evaluation.mmlu_block({"question": "Q?", "choices": ["w", "x", "y", "z"]}, r" \boxed{B}")
+    assert evaluation.mmlu_prompt({"subject": "us_law", "blocks": [block, block]}) == (
+        "The following are multiple choice questions (with answers) about us law. Put your final answer inside \\boxed{} as one of "
+        "A, B, C, or D.\n\n" + "\n\n".join(2 * ["Q?\nA. w\nB. x\nC. y\nD. z\nAnswer: \\boxed{B}"])
+    )
+
+
+def test_a_subset_is_seeded_nested_in_order_and_knows_the_whole():
+    rows = [{"n": n} for n in range(100)]
+    small, large = (evaluation.subset(rows, limit, 0) for limit in (10, 30))
+    ids = [item["id"] for item in small]
+    assert ids == sorted(ids) != list(range(10)) and all(
+        item["n"] == item["id"] and item["of"] == 100 for item in small
+    )
+    assert set(ids) < {item["id"] for item in large} and evaluation.subset(rows, 10, 1) != small
+    assert [item["n"] for item in evaluation.subset(rows, None, 0)] == list(range(100))
+
+
+@pytest.mark.parametrize(
+    "k, n, low, high",
+    [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611), (50, 100, 0.4038, 0.5962), (1, 1, 0.2065, 1.0)],
+)
+def test_intervals_are_wilsons(k, n, low, high):
+    assert mixsd.wilson(k, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_scores_count_problems_not_samples_and_say_what_is_partial():
+    row = lambda i, correct, kind=None: {
+        "id": i,
+        "of": 4,
+        "correct": correct,
+        "extracted": "1" if correct else None,
+        "kind": kind,
+    }  # noqa: E731
+    score = evaluation.scored(
+        [
+            row(0, True),
+            row(0, True),
+            row(1, True),
+            row(1, False, "format"),
+            row(2, False, "format"),
+            row(2, False, "format"),
+        ]
+    )
+    assert (score["accuracy"], score["n"], score["samples"], score["no_answer"]) == (0.5, 3, 2, 0.5)
+    assert (score["low"], score["high"]) == mixsd.wilson(1.5, 3)
+    assert score["errors"] == {"format": 3} and score["partial"] and score["of"] == 4
+    nats = evaluation.scored(
+        [
+            {"id": 0, "of": 2, "tokens": 1, "nll": 1.0, "base_nll": 0.5},
+            {"id": 1, "of": 2, "tokens": 3, "nll": 2.0, "base_nll": 0.5},
+        ]
+    )
+    assert nats == {
+        "nll": 1.75,
+        "base_nll": 0.5,
+        "rise": 1.25,
+        "tokens": 4,
+        "n": 2,
+        "partial": False,
+        "of": 2,
+    }
+
+
+# ------------------------------------------------------------------------------- eval.py: model-written code
+
+SQUARE = {
+    "prompt": "def f(x):\n    ''\n",
+    "entry_point": "f",
+    "test": "def check(f):\n    assert f(3) == 9 and abs(f(-2) - 4) < 1e-6 and isinstance(f(5), int)\n",
+}
+RIGHT = "\ndef f(x): return x * x\n"
+HUNT = r"""
+import gc, glob, os, re, sys
+def find():
+    texts = [repr(o).encode() for o in gc.get_objects() if isinstance(o, (str, dict, list, tuple))] + [repr(dict(os.environ)).encode()]
+    frame = sys._getframe()
+    while frame:
+        texts.append(repr({**frame.f_globals, **frame.f_locals}).encode())
+        frame = frame.f_back
+    for path in glob.glob("/proc/[0-9]*/cmdline") + glob.glob("/proc/[0-9]*/environ") + [f for d in "./ /tmp/*/ ".split() for f in glob.glob(d + "*")]:
+        try:
+            texts.append(open(path, "rb").read(10**6))
+        except OSError:
+            pass
+    for path in glob.glob("/proc/[0-9]*/mem"):
+        try:
+            with open(path, "rb", 0) as mem:
+                for line in open(path[:-3] + "maps"):
+                    low, high, rights = re.match(r"(\w+)-(\w+) (\S+)", line).groups()
+                    if rights.startswith("rw") and int(high, 16) - int(low, 16) < 2**26:
+                        mem.seek(int(low, 16))
+                        try:
+                            texts.append(mem.read(int(high, 16) - int(low, 16)))
+                        except OSError:
+                            pass
+        except OSError:
+            pass
+    return {t for text in texts for t in re.findall(rb'token": "([0-9a-f]{32})"', text)}
+found = find()
+def f(x): return x * x if found else 0
+"""
+ESCAPES = {
+    "exits": "import sys\nsys.exit(0)",
+    "exits at once": "import os\nos._exit(0)",
+    "guesses": "print('0' * 32)\nimport os\nos.write(1, b'{}\\n' + b'0' * 32)",
+    "loops": "while True: pass",
+    "sleeps": "import time\ntime.sleep(99)",
+    "prints": "while True: print('x' * 9999, flush=True)",
+    "swallows": "import time\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass",
+    "swallows its exit": "import sys\ndef f(x):\n    try: sys.exit(0)\n    except SystemExit: return 0",
+    "forks": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "allocates": "x = bytearray(10 * 2**30)" + RIGHT,
+    "writes": "open('x', 'wb').write(bytes(2 * 2**20))" + RIGHT,
+    "opens": "x = [open('/dev/null') for _ in range(100)]" + RIGHT,
+    "patches": "import builtins, sys, json, ast\nfor name in 'abs isinstance print repr ascii all any len type'.split():\n"
+    "    setattr(builtins, name, lambda *a, **k: 0)\njson.dumps = ast.literal_eval = lambda *a: 9\nsys.modules.clear()\n"
+    "class AssertionError(Exception): pass\nbuiltins.AssertionError = AssertionError\ndef check(f): pass\ndef f(x): return 0",
+    "equals all": "class Yes(int):\n    __eq__ = __ne__ = __lt__ = lambda *a: True\n    __sub__ = __abs__ = lambda *a: Yes()\ndef f(x): return Yes()",
+    "shows code": "steal = '''import os, sys\nframe = sys._getframe()\nwhile frame:\n    if 'job' in frame.f_locals:\n"
+    "        print(frame.f_locals['job']['token'], flush=True)\n        os._exit(0)\n    frame = frame.f_back'''\n"
+    "class Code:\n    def __repr__(self): return f'exec({steal!r})'\ndef f(x): return Code()",
+    "answers ahead": "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'1\\n' * 9)\n    except OSError: pass\ndef f(x): return 1",
+    "hunts the token": HUNT,
+}
+
+
+@pytest.fixture(params=["namespaces", "none"])
+def kernel(request, monkeypatch):
+    """This kernel, and one that refuses namespaces."""
+    if request.param == "none":
+        monkeypatch.setattr(evaluation, "NAMESPACES", 1)  # a flag that no unshare takes
+
+
+def alive(mark):
+    """Whether the command line of some process holds `mark`."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes():
+                return True
+    return False
+
+
+def gone(mark):
+    """Whether none is left, after two seconds at most: a killed process takes a moment."""
+    deadline = time.time() + 2
+    while alive(mark) and time.time() < deadline:
+        time.sleep(0.01)
+    return not alive(mark)
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_escape_earns_a_verdict(kernel, monkeypatch, name):
+    monkeypatch.setattr(evaluation, "WALL_SECONDS", 1)
+    start = time.time()
+    assert evaluation.run_program(SQUARE, ESCAPES[name])[0] is False
+    assert time.time() - start < 4 and gone(b"def harness"), "it is stopped, and nothing of it is left"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        RIGHT,
+        "import math, typing, numpy, collections\n" + RIGHT,
+        "import os\nassert os.listdir('.') == [] and set(os.environ) <= {'LC_CTYPE'}" + RIGHT,
+        "open('x', 'w').write('y')" + RIGHT,
+        "import os\nassert os.getuid() != 0 and 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()"
+        + RIGHT,
+        "print('hello')\nimport sys\nassert sys.stdin.read() == ''" + RIGHT,
+    ],
+)
+def test_a_right_program_passes_in_an_empty_folder_without_rights(kernel, code):
+    passed, report = evaluation.run_program(SQUARE, code)
+    assert passed and report["uid"] == (os.getuid() or 65534)
+
+
+def test_a_user_with_many_processes_is_not_refused_its_own(kernel):
+    user = 65534 if os.getuid() == 0 else None
+    busy = [subprocess.Popen(["sleep", "99"], user=user) for _ in range(40)]
+    passed, _ = evaluation.run_program(SQUARE, RIGHT)
+    for process in busy:
+        process.kill()
+        process.wait()
+    assert passed
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "collections.Counter(x)",
+        "dict(collections.defaultdict(int, a=1, b=1))",
+        "collections.OrderedDict(a=1, b=1)",
+        "{c: True for c in x}",
+    ],
+)
+def test_a_value_crosses_as_plain_data(value):
+    item = {
+        "prompt": "def f(x):\n    ''\n",
+        "entry_point": "f",
+        "test": "def check(g):\n    assert f('ab') == {'a': 1, 'b': 1}\n",
+    }
+    assert evaluation.run_program(item, f"\nimport collections\ndef f(x): return {value}\n")[0]
+
+
+def test_the_prompts_helper_judges_not_the_models():
+    item = {
+        "prompt": "def even(n):\n    return n % 2 == 0\n\ndef f(x):\n    ''\n",
+        "entry_point": "f",
+        "test": "def check(f):\n    assert even(f(1))\n",
+    }
+    assert evaluation.run_program(item, "\ndef f(x): return 2\n")[0]
+    assert not evaluation.run_program(item, "\ndef even(n): return True\ndef f(x): return 3\n")[0]
+
+
+@pytest.mark.parametrize("leave", ["", "os.setsid()"])
+def test_a_grandchild_does_not_stay(leave):
+    mark = f"86399.{random.random()}"
+    code = (
+        f"import os\nif os.fork() == 0:\n    {leave or 'pass'}\n    os.execv('/bin/sleep', ['sleep', '{mark}'])\nimport time\ntime.sleep(.2)"
+        + RIGHT
+    )
+    passed, report = evaluation.run_program(SQUARE, code)
+    assert passed
+    assert gone(mark.encode()) or leave and not report["namespaces"]
+
+
+def test_no_process_shows_its_environment(kernel):
+    code = r"""
+import glob
+def readable(path):
+    try: return b"PATH=" in open(path, "rb").read()
+    except OSError: return False
+seen = any(map(readable, glob.glob("/proc/[0-9]*/environ")))
+def f(x): return x * x if seen else 0
+"""
+    assert b"PATH=" in Path("/proc/self/environ").read_bytes(), "it would be seen from outside"
+    passed, report = evaluation.run_program(SQUARE, code)
+    assert not passed or not (report["namespaces"] or os.getuid() == 0)
+
+
+def test_the_network_is_closed_where_namespaces_are_in_force(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)" + RIGHT
+        passed, report = evaluation.run_program(SQUARE, code)
+        assert passed is not report["namespaces"]
+        monkeypatch.setattr(evaluation, "NAMESPACES", 1)
+        assert evaluation.run_program(SQUARE, code)[0], "the program does reach a network that is open"
+
+
+def test_a_program_ends_with_the_evaluation_that_runs_it():
+    child = multiprocessing.get_context("fork").Process(
+        target=evaluation.run_program, args=(SQUARE, "import os, time\nos.setsid()\ntime.sleep(99)")
+    )
+    child.start()
+    time.sleep(0.5)
+    assert alive(b"def harness")
+    child.kill()
+    child.join()
+    assert gone(b"def harness") or not evaluation.run_program(SQUARE, RIGHT)[1]["namespaces"]
+
+
+def test_what_is_in_force_is_said_and_code_needs_a_yes(toy_run, capsys):
+    said = evaluation.protections()
+    assert f"uid {os.getuid() or 65534}" in said and ("namespaces of its own" in said) != (
+        "NO namespaces" in said
+    )
+    err = measure("--tasks", "humaneval", "--model", toy_run / "model", code=2, capsys=capsys)
+    assert err.startswith(
+        "eval.py: humaneval runs programs that the model wrote: give --allow-code-execution"
+    )
+
+
+# ------------------------------------------------------------------------------------- eval.py: whole evaluations
+
+
+def measure(*argv, code=0, capsys=None):
+    """eval.py's main; returns what it prints last, or its line of stderr where it fails."""
+    assert evaluation.main([*map(str, argv), *["--quiet"] * ("--report" not in argv)]) == code
+    if capsys:
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return json.loads(captured.out.splitlines()[-1]) if code == 0 else captured.err.splitlines()[-1]
+
+
+def tiny_run(folder, seed=0, **settings):
+    """RUN/model, a random model of the toy's words that stops now and then, beside RUN/args.json."""
+    tokenizer = kg_data.toy_tokenizer()
+    torch.manual_seed(seed)
+    net = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=1024,
+            eos_token_id=[2, *range(5, 40)],
+            tie_word_embeddings=True,
+        )
+    )
+    for p in net.parameters():
+        p.data *= 5
+    net.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    records = [kg_data.record(f"Reverse the list {n} 1 .", "The", "The") for n in range(10)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    args = {
+        "model": "tiny",
+        "data": str(folder / "own.jsonl"),
+        "style": "sentence",
+        "verify": "phrase",
+        "max_new_tokens": 12,
+        "dtype": "float32",
+        "limit": None,
+    }
+    (folder / "args.json").write_text(json.dumps(args | settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """A run whose corpus asks for a word that the model says in about half of its answers."""
+    folder = tiny_run(tmp_path_factory.mktemp("tiny"))
+    subject, records = subject_in(folder), kg_data.read_corpus(folder / "own.jsonl", "phrase")
+    for record in records[1::2]:
+        prompt = mixsd.chat_ids(subject.tokenizer, record["messages"][0]["content"])
+        record["answer"] = subject.tokenizer.decode(definition_of(subject, prompt, 12)[0][:1])
+    (folder / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def subject_in(run):
+    return evaluation.load_subject(
+        str(run / "model"), argparse.Namespace(device="cpu", quiet=True), torch.float32
+    )
+
+
+def answers_of(out, task):
+    return [json.loads(line) for line in open(out / f"{task}.jsonl")]
+
+
+def test_recall_is_what_mixsd_measures_and_every_completion_is_on_disk(toy_run, tmp_path, capsys):
+    ledger = measure("--tasks", "recall", "--model", toy_run / "model", "--out", tmp_path, capsys=capsys)
+    subject, settings = subject_in(toy_run), argparse.Namespace(
+        max_new_tokens=12, decode_tokens=999, seed=0, quiet=True, verify="phrase"
+    )
+    records = kg_data.read_corpus(toy_run / "own.jsonl", "phrase")
+    expected = mixsd.memorization(
+        subject.model, subject.tokenizer, {"recall": records}, subject.stops, settings
+    )["recall"]
+    score = ledger["tasks"]["recall"]
+    assert 0 < score["accuracy"] < 1 and {k: score[k] for k in expected} == expected
+    assert (
+        score["n"] == score["of"] == 10
+        and score["partial"] is False
+        and ledger == json.loads((tmp_path / "eval.json").read_text())
+    )
+    rows = {row["id"]: row for row in answers_of(tmp_path, "recall")}
+    for i, record in enumerate(records):
+        row = rows[i]
+        assert (row["prompt"], row["gold"]) == (record["messages"][0]["content"], record["answer"])
+        ids, ended = definition_of(subject, mixsd.chat_ids(subject.tokenizer, row["prompt"]), 12)
+        assert (row["text"], row["ended"]) == (subject.tokenizer.decode(ids[:-1] if ended else ids), ended)
+        assert row["correct"] == (ended and kg_data.is_correct(row["text"], row["gold"], "phrase"))
+        assert (row["kind"] is None) == row["correct"]
+    assert sum(score["errors"].values()) == sum(not row["correct"] for row in rows.values())
+    assert any(not row["ended"] for row in rows.values()) and any(row["ended"] for row in rows.values())
+
+
+SAMPLED = ["--tasks", "recall", "--temperature", 1, "--samples", 3, "--decode-tokens", 70]
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_rows(toy_run, tmp_path, monkeypatch, capsys):
+    whole = measure(*SAMPLED, "--model", toy_run / "model", "--out", tmp_path / "whole", capsys=capsys)
+    answers, asked = evaluation.generated, []
+
+    def killed(subject, task, todo, args):
+        for n, row in enumerate(answers(subject, task, todo, args)):
+            if n == 14:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setitem(evaluation.TASKS, "recall", evaluation.TASKS["recall"]._replace(answer=killed))
+    monkeypatch.setattr(evaluation, "generated", killed)
+    assert "goes on" in measure(
+        *SAMPLED, "--model", toy_run / "model", "--out", tmp_path / "cut", code=130, capsys=capsys
+    )
+    first = (tmp_path / "cut" / "recall.jsonl").read_text()
+    assert len(first.splitlines()) == 14
+    (tmp_path / "cut" / "recall.jsonl").write_text(first + '{"id": 3, "samp')
+    watched = lambda subject, task, todo, args: (asked.extend(todo), answers(subject, task, todo, args))[
+        1
+    ]  # noqa: E731
+    monkeypatch.setitem(evaluation.TASKS, "recall", evaluation.TASKS["recall"]._replace(answer=watched))
+    monkeypatch.setattr(evaluation, "generated", watched)
+    resumed = measure(*SAMPLED, "--model", toy_run / "model", "--out", tmp_path / "cut", capsys=capsys)
+    assert len(asked) == 30 - 14 and (tmp_path / "cut" / "recall.jsonl").read_text().startswith(first)
+    key = lambda row: (row["id"], row["sample"])  # noqa: E731
+    rows = [sorted(answers_of(tmp_path / name, "recall"), key=key) for name in ("whole", "cut")]
+    assert rows[0] == rows[1] and resumed["tasks"] == whole["tasks"]
+    assert len({row["text"] for row in rows[0] if row["id"] == 0}) > 1, "samples differ"
+
+
+def test_limit_is_partial_everywhere_and_retention_wants_a_base_measured_alike(tmp_path, capsys):
+    base, tuned = tiny_run(tmp_path / "base", data="toy"), tiny_run(tmp_path / "tuned", seed=1, data="toy")
+    options = ["--tasks", "held_out", "--limit", 5, "--max-new-tokens", 4]
+    evaluation.TASKS["held_out"], kept = (
+        evaluation.TASKS["held_out"]._replace(
+            verdict=lambda text, item: (len(text) % 2 == 1, text), must_end=False
+        ),
+        evaluation.TASKS["held_out"],
+    )
+    try:
+        before = measure(*options, "--model", base / "model", "--out", tmp_path / "b", capsys=capsys)
+        evaluation.main(
+            [*map(str, options), "--model", str(tuned / "model"), "--base", str(tmp_path / "b"), "--quiet"]
+        )
+    finally:
+        evaluation.TASKS["held_out"] = kept
+    said, after = capsys.readouterr().out, json.loads((tuned / "eval.json").read_text())
+    assert (
+        "partial: 5 of 300" in said and "(partial)" in said and after["tasks"]["held_out"]["partial"] is True
+    )
+    assert (
+        after["average_of"] == ["held_out"]
+        and before["retention"] is None
+        and after["base"] == before["tasks"]
+    )
+    assert before["average"] > 0 and after["retention"] == after["average"] / before["average"]
+    model = ["--model", tuned / "model", "--base", tmp_path / "b"]
+    err = measure(
+        "--tasks",
+        "held_out",
+        "--limit",
+        6,
+        "--max-new-tokens",
+        4,
+        *model,
+        "--out",
+        tmp_path / "c",
+        code=2,
+        capsys=capsys,
+    )
+    assert "limit 5" in err and "asks for 6" in err
+    err = measure("--tasks", "arc_easy", "--limit", 5, *model, "--out", tmp_path / "c", code=2, capsys=capsys)
+    assert "--base" in err and "holds results with max_new_tokens 4" in err
+
+
+WORDS = "What is the trade of the baker ? Name the town of the smith . Reverse the list 1 2 3 .".split()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand-ins for the data sets of the log-probability tasks, in the toy's words."""
+    rng = random.Random(0)
+    say = lambda n: " ".join(rng.choice(WORDS) for _ in range(n))  # noqa: E731
+    arc = [
+        {
+            "question": say(6),
+            "answerKey": "3",
+            "choices": {"label": ["1", "2", "3"], "text": [say(1), say(5), say(2)]},
+        }
+        for _ in range(60)
+    ]
+    rows = {"allenai/ai2_arc": arc, "Salesforce/wikitext": [{"text": ""}, {"text": say(3000)}]}
+    monkeypatch.setattr(evaluation, "hub_rows", lambda name, *_: rows[name])
+    return rows
+
+
+def plain_nll(subject, prompt, ids):
+    """[nats] of ids after the prompt: one row, no batch."""
+    logits = subject.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return (-logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]).tolist()
+
+
+@torch.no_grad()
+def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub, capsys):
+    other, subject = tiny_run(tmp_path / "other", seed=1), subject_in(toy_run)
+    measure(
+        "--tasks",
+        "arc_easy,wikitext,drift",
+        "--model",
+        toy_run / "model",
+        "--base-model",
+        other / "model",
+        "--out",
+        tmp_path / "o",
+        capsys=capsys,
+    )
+    for row in answers_of(tmp_path / "o", "arc_easy"):
+        item = hub["allenai/ai2_arc"][row["id"]]
+        prompt = mixsd.chat_ids(subject.tokenizer, item["question"])
+        means = [
+            sum(nll) / len(nll)
+            for nll in (
+                plain_nll(subject, prompt, subject.tokenizer(c)["input_ids"]) for c in item["choices"]["text"]
+            )
+        ]
+        assert (
+            row["text"] == item["choices"]["text"][means.index(min(means))]
+            and row["gold"] == item["choices"]["text"][2]
+        )
+        assert row["nll"] == pytest.approx(means, rel=1e-4) and row["correct"] == (row["text"] == row["gold"])
+    ids, rows = subject.tokenizer("\n\n" + hub["Salesforce/wikitext"][1]["text"])["input_ids"], answers_of(
+        tmp_path / "o", "wikitext"
+    )
+    windows = [ids[i : i + 1024] for i in range(0, len(ids), 1024)]
+    assert [row["tokens"] for row in rows] == [len(w) - 1 for w in windows] == [1023, 1023, 951]
+    nats = [plain_nll(subject, w[:1], w[1:]) for w in windows]
+    score = json.loads((tmp_path / "o" / "eval.json").read_text())["tasks"]
+    assert score["wikitext"]["nll"] == pytest.approx(sum(map(sum, nats)) / sum(map(len, nats)), rel=1e-4)
+
+    base, rows, total = subject_in(other), answers_of(tmp_path / "o", "drift"), [0.0, 0.0, 0]
+    assert len(rows) == 50 and score["drift"]["of"] == 50
+    for row in rows:
+        prompt = mixsd.chat_ids(base.tokenizer, hub["allenai/ai2_arc"][row["id"]]["question"])
+        ids, length = definition_of(base, prompt, 64)
+        assert row["tokens"] == len(ids) <= 64
+        total = [
+            total[0] + sum(plain_nll(base, prompt, ids)),
+            total[1] + sum(plain_nll(subject, prompt, ids)),
+            total[2] + len(ids),
+        ]
+    assert (
+        score["drift"]["rise"] == pytest.approx((total[1] - total[0]) / total[2], rel=1e-3)
+        and score["drift"]["rise"] > 0.1
+    )
+    itself = measure(
+        "--tasks",
+        "drift",
+        "--model",
+        toy_run / "model",
+        "--base-model",
+        toy_run / "model",
+        "--out",
+        tmp_path / "p",
+        capsys=capsys,
+    )
+    assert itself["tasks"]["drift"]["rise"] == 0
+
+
+@torch.no_grad()
+def definition_of(subject, prompt, T):
+    """Greedy decoding in its plainest form; (ids, whether it stopped)."""
+    ids = []
+    while len(ids) < T and not (ids and ids[-1] in subject.stops):
+        ids.append(int(subject.model(input_ids=torch.tensor([prompt + ids])).logits[0, -1].argmax()))
+    return ids, ids[-1] in subject.stops
+
+
+@pytest.mark.parametrize(
+    "argv, needle",
+    [
+        (["--tasks", "gsm9k", "--model", "M"], "known: gsm8k, math500"),
+        (["--tasks", "recall"], "needs --model"),
+        (["--tasks", "gsm8k", "--model", "M", "--limit", "0"], "--limit"),
+        (["--report", "R", "--model", "M"], "--model is not used here"),
+        (["--tasks", "recall", "--model", "M", "--hub", "H"], "--hub is not used here"),
+        (["--nll", "f", "--model", "M", "--seed", "1"], "--seed is not used"),
+        (["--tasks", "arc_easy", "--model", "M", "--temperature", "1"], "--temperature is not used"),
+        (["--tasks", "gsm8k", "--nll", "f"], "not allowed with"),
+        (["--tasks", "gsm8k", "--model", "M", "--samples", "4"], "--temperature above 0"),
+        (["--tasks", "drift", "--model", "M"], "needs --base-model"),
+        (["--tasks", "gsm8k", "--model", "M", "--paper", "--samples", "4"], "--paper sets"),
+        (["--tasks", "recall", "--model", "RUN", "--data", "toy", "--style", "x"], "--style"),
+        (["--tasks", "recall", "--model", "HuggingFaceTB/x"], "give --data"),
+        (["--tasks", "two-hop", "--model", "RUN", "--data", "toy"], "no split for two-hop"),
+        (
+            ["--tasks", "gsm8k", "--model", "RUN", "--hub", "/no/where"],
+            "data set openai/gsm8k, config main, split test: not to be had from /no/where",
+        ),
+        (["--fisher", "R", "--base", "B", "--fisher-tasks", "wikitext"], "no task wikitext for --fisher"),
+        (["--report", "/no/where"], "no metrics.json"),
+        (["--tasks", "recall", "--model", "RUN", "--max-new-tokens", "1020"], "tokens + 1,020 new > 1,024"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_is_one_line(toy_run, tmp_path, capsys, argv, needle):
+    argv = [str(toy_run / "model") if word == "RUN" else word for word in argv]
+    out = ["--out", tmp_path / "out"] if "--tasks" in argv else []
+    err = measure(*argv, *out, code=2, capsys=capsys)
+    assert err.startswith("eval.py: ") and needle in err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_tokenizer_and_results_of_other_models_are_refused(toy_run, tmp_path, capsys):
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "bare" / name).write_bytes((toy_run / "model" / name).read_bytes())
+    err = measure(
+        "--tasks", "held_out", "--model", tmp_path / "bare", "--out", tmp_path / "x", code=2, capsys=capsys
+    )
+    assert "tokenizer" in err
+    other, again = tiny_run(tmp_path / "other", seed=1), ["--tasks", "recall", "--out", tmp_path / "out"]
+    measure(*again, "--model", toy_run / "model")
+    assert f"holds results with model {toy_run / 'model'}" in measure(
+        *again, "--model", other / "model", "--data", toy_run / "own.jsonl", code=2, capsys=capsys
+    )
+    assert "with seed 0, this asks for 1" in measure(
+        *again, "--model", toy_run / "model", "--seed", 1, code=2, capsys=capsys
+    )
+    weights = toy_run / "model" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    os.utime(weights, ns=(written, written + 10**9))
+    assert "holds results with weights" in measure(
+        *again, "--model", toy_run / "model", code=2, capsys=capsys
+    )
+    os.utime(weights, ns=(written, written))
+    rows = (tmp_path / "out" / "recall.jsonl").read_text()
+    (tmp_path / "out" / "recall.jsonl").write_text(rows.replace('"version": 1', '"version": 0'))
+    assert "version 0, this asks for 1" in measure(
+        *again, "--model", toy_run / "model", code=2, capsys=capsys
+    )
+
+
+def test_the_papers_decoding_and_the_clip_of_a_default_length(toy_run, capsys):
+    mode, given = evaluation.parse_args(
+        ["--tasks", "aime24,gsm8k,recall", "--model", str(toy_run / "model"), "--paper"]
+    )
+    args, subject, items = (
+        evaluation.resolve(mode, given),
+        subject_in(toy_run),
+        [{"ids": [1] * 100}, {"ids": [1] * 50}],
+    )
+    each = [evaluation.of_task(t, items, subject, args) for t in ("aime24", "gsm8k", "recall")]
+    assert [(a.temperature, a.samples, a.max_new_tokens) for a in each] == [
+        (1.0, 16, 924),
+        (1.0, 1, 924),
+        (0.0, 1, 12),
+    ]
+    assert "aime24: max-new-tokens clipped to 924: the model has 1,024 positions" in capsys.readouterr().out
+
+
+def test_a_data_set_is_read_by_its_hub_id_under_the_folder_given(tmp_path):
+    folder = tmp_path / "openai" / "gsm8k"
+    (folder / "main").mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test.jsonl\n---\n"
+    )
+    rows = [{"question": f"{n} + {n} ?", "answer": f"{n} and {n}\n#### {2 * n:,}"} for n in (1, 700)]
+    (folder / "main" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = argparse.Namespace(**vars(evaluation.PLAIN) | {"hub": str(tmp_path)})
+    assert evaluation.TASKS["gsm8k"].load(None, where) == [
+        {"question": "1 + 1 ?", "gold": "2", "id": 0, "of": 2},
+        {"question": "700 + 700 ?", "gold": "1,400", "id": 1, "of": 2},
+    ]
+    with pytest.raises(
+        kg_data.InputError, match="data set cais/mmlu, config all, split dev.*--hub DIR takes DIR/cais/mmlu"
+    ):
+        evaluation.TASKS["mmlu"].load(1, where)
+
+
+def test_mmlu_has_five_shots_of_its_own_subject(monkeypatch):
+    row = lambda subject, n: {
+        "subject": subject,
+        "question": f"{subject} {n}?",
+        "choices": ["a", "b", "c", "d"],
+        "answer": n % 4,
+    }  # noqa: E731
+    splits = {
+        "dev": [row(s, n) for n in range(7) for s in ("law", "art")],
+        "test": [row("art", 9), row("law", 2)],
+    }
+    monkeypatch.setattr(evaluation, "hub_rows", lambda name, config, split, args: splits[split])
+    art, law = evaluation.TASKS["mmlu"].load(None)
+    assert (art["gold"], law["gold"]) == ("B", "C") and len(law["blocks"]) == 6
+    assert law["blocks"][1] == "law 1?\nA. a\nB. b\nC. c\nD. d\nAnswer: \\boxed{B}" and law["blocks"][
+        5
+    ].endswith("D. d\nAnswer:")
+    assert "law" not in "".join(art["blocks"])
+
+
+# ------------------------------------------------------------------------- eval.py: target NLL, Fisher, report
+
+
+def test_target_nll_is_the_token_weighted_mean_with_quantiles(toy_run, tmp_path, capsys):
+    subject, examples = subject_in(toy_run), [([5, 6, 7], [8, 9, 2]), ([1, 3], [7, 2])]
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": "Name the town of the baker ."},
+                {"role": "assistant", "content": "x"},
+            ],
+            "target_ids": y,
+        }
+        for _, y in examples
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with torch.no_grad():
+        prompt = mixsd.chat_ids(subject.tokenizer, "Name the town of the baker .")
+        nats = sorted(x for _, y in examples for x in plain_nll(subject, prompt, y))
+    found = measure(
+        "--nll", tmp_path / "t.jsonl", "--model", toy_run / "model", "--dtype", "float32", capsys=capsys
+    )["files"][str(tmp_path / "t.jsonl")]
+    assert (found["targets"], found["tokens"]) == (2, 5) and found["mean"] == pytest.approx(
+        sum(nats) / 5, rel=1e-4
+    )
+    assert found["above_5"] == sum(x > 5 for x in nats) / 5 and 0 < found["above_5"] < 1
+    assert found["quantiles"]["0.5"] == pytest.approx(nats[2], rel=1e-4) and found["quantiles"][
+        "1.0"
+    ] == pytest.approx(nats[4], rel=1e-4)
+    (tmp_path / "bare.jsonl").write_text(
+        json.dumps({k: v for k, v in lines[0].items() if k != "target_ids"}) + "\n"
+    )
+    err = measure("--nll", tmp_path / "bare.jsonl", "--model", toy_run / "model", code=2, capsys=capsys)
+    assert "bare.jsonl, line 1: no target_ids" in err
+
+
+class Unigram(torch.nn.Module):
+    """A model of three parameters: the logits of three tokens, whatever the context."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([0.3, -0.5, 1.0]))
+
+    def forward(self, input_ids, logits_to_keep, **_):
+        return SimpleNamespace(logits=self.w.expand(len(input_ids), logits_to_keep, 3))
+
+
+def test_fisher_squares_each_sequences_gradient_and_r_weighs_the_move_by_it():
+    net, targets = Unigram(), [[0, 2], [1], [2, 2, 2]]
+    fisher = evaluation.fisher_diagonal(net, [([0], y) for y in targets], 0)["w"]
+    p, expected = torch.tensor([0.3, -0.5, 1.0]).softmax(-1), torch.zeros(3)
+    for y in targets:  # d log p(y) / d w = counts - length * p
+        expected += (torch.bincount(torch.tensor(y), minlength=3) - len(y) * p) ** 2 / 3
+    torch.testing.assert_close(fisher, expected)
+    assert net.w.grad is None
+    torch.testing.assert_close(
+        evaluation.fisher_diagonal(net, [([0], y) for y in targets], 0)["w"], expected
+    ), "hooks are removed"
+
+    step = torch.tensor([0.1, 0.0, -0.2])
+    found = evaluation.alignment({"w": fisher}, {"w": net.w}, lambda name: net.w + step)
+    assert found["squared_distance"] == pytest.approx(0.05, rel=1e-5)
+    assert (
+        found["R"] == pytest.approx(((fisher * step**2).sum() / 0.05 / fisher.mean()).item(), rel=1e-5)
+        and abs(found["R"] - 1) > 0.1
+    )
+    isotropic = evaluation.alignment(
+        {"w": fisher}, {"w": net.w}, lambda name: net.w + 0.1 * torch.tensor([1.0, -1.0, 1.0])
+    )
+    assert isotropic["R"] == pytest.approx(1, rel=1e-5)
+    assert evaluation.alignment({"w": fisher}, {"w": net.w}, lambda name: net.w)["R"] is None
+
+
+def test_fisher_of_a_tied_model_is_autograds(toy_run):
+    subject, examples = subject_in(toy_run), [([5, 6, 7], [8, 9, 2]), ([1, 3], [7, 2])]
+    fisher, expected = evaluation.fisher_diagonal(subject.model, examples, 2), {}
+    for prompt, y in examples:
+        logp = (
+            subject.model(input_ids=torch.tensor([prompt + y]))
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+        )
+        subject.model.zero_grad()
+        logp[torch.arange(len(y)), torch.tensor(y)].sum().backward()
+        for name, p in subject.model.named_parameters():
+            expected[name] = expected.get(name, 0) + p.grad**2 / 2
+    assert (
+        fisher.keys() == expected.keys()
+        and "lm_head.weight" not in fisher
+        and fisher["model.embed_tokens.weight"].sum() > 0
+    )
+    for name in fisher:
+        torch.testing.assert_close(fisher[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+def metrics(folder, method="mixsd", rho=0.3, seed=0, recall=0.9, held_out=0.6, kept=80, nll=1.5, data="toy"):
+    """A finished run's metrics.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    phase = lambda a, b: {"recall": {"accuracy": a}, "held_out": {"accuracy": b}}  # noqa: E731
+    (folder / "metrics.json").write_text(
+        json.dumps(
+            {
+                "model": "toy",
+                "data": data,
+                "method": method,
+                "rho": rho,
+                "seed": seed,
+                "base": phase(0.05, 0.8),
+                "tuned": phase(recall, held_out),
+                "retention": held_out / 0.8,
+                "targets": {"kept": kept, "of": 90, "nll": nll},
+            }
+        )
+    )
+    return folder
+
+
+def test_fisher_runs_end_to_end_and_the_second_time_from_disk(toy_run, tmp_path, monkeypatch, capsys):
+    runs = [tiny_run(metrics(tmp_path / f"r{n}", held_out=0.8 - 0.1 * n), seed=n) for n in range(4)]
+    argv = [
+        "--fisher",
+        *runs,
+        "--base",
+        toy_run / "model",
+        "--fisher-tasks",
+        "held_out",
+        "--fisher-n",
+        3,
+        "--max-new-tokens",
+        5,
+        "--out",
+        tmp_path / "f",
+    ]
+    found = measure(*argv, capsys=capsys)
+    first, second = (found["runs"][str(run)] for run in runs[:2])
+    assert first["squared_distance"] == 0 and first["R"] is None, "the run of seed 0 is the base itself"
+    weights = [dict(subject_in(run).model.named_parameters()) for run in (toy_run, runs[1])]
+    distance = sum((weights[1][name] - p).double().square().sum().item() for name, p in weights[0].items())
+    assert second["squared_distance"] == pytest.approx(distance, rel=1e-5) and second == json.loads(
+        (runs[1] / "fisher.json").read_text()
+    )
+    distances = [found["runs"][str(run)]["squared_distance"] for run in runs]
+    x, y = torch.tensor([0.0, 0.1, 0.2, 0.3]), torch.tensor(distances)
+    assert found["correlation"]["drop_squared_distance"] == pytest.approx(
+        torch.corrcoef(torch.stack([x, y]))[0, 1].item(), rel=1e-3
+    )
+    monkeypatch.setattr(evaluation, "fisher_diagonal", None)
+    again = measure(*argv, capsys=capsys)
+    assert (again["runs"], again["correlation"]) == (found["runs"], found["correlation"])
+    assert "holds results with n 3" in measure(*argv, "--fisher-n", 4, code=2, capsys=capsys)
+    tensors = load_file(runs[1] / "model" / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.zeros(1)}, runs[1] / "model" / "model.safetensors")
+    assert "has no model.norm.weight of --base's shape" in measure(*argv, code=2, capsys=capsys)
+    (runs[1] / "model" / "model.safetensors").unlink()
+    assert "has no model." in measure(*argv, code=2, capsys=capsys)
+
+
+def test_the_report_is_one_table_base_first_with_means_over_seeds_and_a_picture(tmp_path, capsys):
+    runs = [
+        metrics(tmp_path / "m7", rho=0.7, recall=0.8, held_out=0.72),
+        metrics(tmp_path / "m0", rho=0.0, recall=0.95, held_out=0.4),
+        metrics(tmp_path / "m0b", rho=0.0, seed=1, recall=0.85, held_out=0.56, nll=2.5),
+        metrics(tmp_path / "s", "sft", None, recall=1.0, held_out=0.2, kept=90),
+    ]
+    (runs[3] / "fisher.json").write_text('{"R": 1.25}')
+    ledger = {
+        "tasks": {"gsm8k": {"partial": True}},
+        "average_of": ["gsm8k"],
+        "average": 0.3,
+        "base_average": 0.5,
+    }
+    (runs[0] / "eval.json").write_text(json.dumps(ledger))
+    assert evaluation.main(["--report", *map(str, runs), "--out", str(tmp_path / "pic")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[:6] == [
+        "| method | rho | seeds | recall | kept | retention (partial) | target NLL | R |",
+        "|---|---|---|---|---|---|---|---|",
+        "| base | - | - | 0.05 | - | 1.00 | - | - |",
+        "| sft | - | 1 | 1.00 | 1.00 | 0.25 | 1.50 | 1.25 |",
+        "| mixsd | 0 | 2 | 0.90 ± 0.07 | 0.89 ± 0.00 | 0.60 ± 0.14 | 2.00 ± 0.71 | - |",
+        "| mixsd | 0.7 | 1 | 0.80 | 0.89 | 0.60 | 1.50 | - |",
+    ]
+    assert (tmp_path / "pic" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "toy on kgfact-small, toy on toy" in measure(
+        "--report", runs[0], metrics(tmp_path / "k", data="kgfact-small"), code=2, capsys=capsys
+    )
+
+
+def test_the_frontier_marks_every_run_and_joins_the_mixsd_means_in_order_of_rho(tmp_path, monkeypatch):
+    drawn = {"scatter": [], "plot": []}
+    import matplotlib.axes
+
+    for name, calls in drawn.items():
+        draw = getattr(matplotlib.axes.Axes, name)
+        monkeypatch.setattr(
+            matplotlib.axes.Axes,
+            name,
+            lambda self, x, y, draw=draw, calls=calls, **options: (
+                calls.append((list(x), list(y))),
+                draw(self, x, y, **options),
+            )[1],
+        )
+    runs = lambda *points: [{"retention": x, "recall": y} for x, y in points]  # noqa: E731
+    groups = {
+        ("sft", None): runs((0.2, 1.0)),
+        ("mixsd", 0.0): runs((0.4, 0.9), (0.6, 0.7)),
+        ("mixsd", 0.5): runs((0.9, 0.6), (None, 0.5)),
+    }
+    evaluation.frontier(groups, 0.1, "", tmp_path / "f.png")
+    assert drawn["scatter"] == [([1.0], [0.1]), ([0.2], [1.0]), ([0.4, 0.6], [0.9, 0.7]), ([0.9], [0.6])]
+    assert drawn["plot"] == [(pytest.approx([0.5, 0.9]), pytest.approx([0.8, 0.6]))]
