@@ -442,7 +442,7 @@ class Task(NamedTuple):
     must_end: bool = False          # a completion cut by the length limit is wrong, as in mixsd.py
 
 
-TASKS = {
+TASKS: dict[str, Task] = {
     "gsm8k": Task(from_hub("openai/gsm8k", "main", "test", lambda row: {
         "question": row["question"], "gold": row["answer"].split("####")[-1].strip()}),
         math_prompt, judge_number, 16384, 1),
@@ -931,8 +931,8 @@ def resolve_tasks(args, given):
     if {"math500", "aime24"} & {*args.tasks} and not importlib.util.find_spec("math_verify"):
         raise InputError("math500 and aime24 are judged by math-verify: pip install math-verify")
     if "humaneval" in args.tasks and not (args.allow_code_execution and sys.platform == "linux"):
-        raise InputError("humaneval runs programs that the model wrote: give --allow-code-execution, on Linux,"
-                         " best in a container (the top of eval.py says what its sandbox leaves open)")
+        raise InputError("humaneval runs programs that the model wrote: give --allow-code-execution, on Linux"
+                         ", best in a container (the top of eval.py says what its sandbox leaves open)")
 
 
 def main(argv=None):

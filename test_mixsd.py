@@ -133,8 +133,9 @@ def test_the_naive_share_is_rho(rho):
 
 def test_at_temperature_1_first_tokens_follow_the_mixture():
     torch.manual_seed(1)
-    small = Qwen3ForCausalLM(Qwen3Config(vocab_size=6, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=2, head_dim=16)).eval()
+    config = Qwen3Config(vocab_size=6, hidden_size=32, intermediate_size=32, num_hidden_layers=1, head_dim=16,
+                         num_attention_heads=2, num_key_value_heads=2)
+    small = Qwen3ForCausalLM(config).eval()
     for p in small.parameters():
         p.data *= 3
     expert, naive, n, rho = [1, 2, 3, 1], [4, 2], 4000, 0.3
@@ -734,15 +735,18 @@ def test_the_kind_of_an_error_is_the_first_that_fits(text, extracted, kind):
 
 def test_prompts_are_the_papers():
     assert evaluation.math_prompt({"question": "1+1?"}) == (
-        "Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.:\n1+1?\n\nLet's think step-by-step"
+        "Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.:\n1+1?\n\n"
+        "Let's think step-by-step"
     )
     assert evaluation.code_prompt({"prompt": "def f():\n    ''\n"}) == (
-        "Complete the following Python function. Return ONLY the complete function inside a ```python code block, nothing else.\n\n"
+        "Complete the following Python function. Return ONLY the complete function inside a ```python code "
+        "block, nothing else.\n\n"
         "```python\ndef f():\n    ''\n```"
     )
     block = evaluation.mmlu_block({"question": "Q?", "choices": ["w", "x", "y", "z"]}, r" \boxed{B}")
     assert evaluation.mmlu_prompt({"subject": "us_law", "blocks": [block, block]}) == (
-        "The following are multiple choice questions (with answers) about us law. Put your final answer inside \\boxed{} as one of "
+        "The following are multiple choice questions (with answers) about us law. Put your final answer inside "
+        "\\boxed{} as one of "
         "A, B, C, or D.\n\n" + "\n\n".join(2 * ["Q?\nA. w\nB. x\nC. y\nD. z\nAnswer: \\boxed{B}"])
     )
 
@@ -815,12 +819,13 @@ RIGHT = "\ndef f(x): return x * x\n"
 HUNT = r"""
 import gc, glob, os, re, sys
 def find():
-    texts = [repr(o).encode() for o in gc.get_objects() if isinstance(o, (str, dict, list, tuple))] + [repr(dict(os.environ)).encode()]
+    texts = [repr(o).encode() for o in gc.get_objects() if isinstance(o, (str, dict, list, tuple))]
+    texts.append(repr(dict(os.environ)).encode())
     frame = sys._getframe()
     while frame:
         texts.append(repr({**frame.f_globals, **frame.f_locals}).encode())
         frame = frame.f_back
-    for path in glob.glob("/proc/[0-9]*/cmdline") + glob.glob("/proc/[0-9]*/environ") + [f for d in "./ /tmp/*/ ".split() for f in glob.glob(d + "*")]:
+    for path in [f for d in "/proc/[0-9]*/cmdline /proc/[0-9]*/environ ./* /tmp/*/*".split() for f in glob.glob(d)]:
         try:
             texts.append(open(path, "rb").read(10**6))
         except OSError:
@@ -849,20 +854,59 @@ ESCAPES = {
     "loops": "while True: pass",
     "sleeps": "import time\ntime.sleep(99)",
     "prints": "while True: print('x' * 9999, flush=True)",
-    "swallows": "import time\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass",
     "swallows its exit": "import sys\ndef f(x):\n    try: sys.exit(0)\n    except SystemExit: return 0",
-    "forks": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "allocates": "x = bytearray(10 * 2**30)" + RIGHT,
     "writes": "open('x', 'wb').write(bytes(2 * 2**20))" + RIGHT,
     "opens": "x = [open('/dev/null') for _ in range(100)]" + RIGHT,
-    "patches": "import builtins, sys, json, ast\nfor name in 'abs isinstance print repr ascii all any len type'.split():\n"
-    "    setattr(builtins, name, lambda *a, **k: 0)\njson.dumps = ast.literal_eval = lambda *a: 9\nsys.modules.clear()\n"
-    "class AssertionError(Exception): pass\nbuiltins.AssertionError = AssertionError\ndef check(f): pass\ndef f(x): return 0",
-    "equals all": "class Yes(int):\n    __eq__ = __ne__ = __lt__ = lambda *a: True\n    __sub__ = __abs__ = lambda *a: Yes()\ndef f(x): return Yes()",
-    "shows code": "steal = '''import os, sys\nframe = sys._getframe()\nwhile frame:\n    if 'job' in frame.f_locals:\n"
-    "        print(frame.f_locals['job']['token'], flush=True)\n        os._exit(0)\n    frame = frame.f_back'''\n"
-    "class Code:\n    def __repr__(self): return f'exec({steal!r})'\ndef f(x): return Code()",
-    "answers ahead": "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'1\\n' * 9)\n    except OSError: pass\ndef f(x): return 1",
+    "swallows": """
+import time
+while True:
+    try: time.sleep(9)
+    except BaseException: pass
+""",
+    "forks": """
+import os
+while True:
+    try: os.fork()
+    except OSError: pass
+""",
+    "patches": """
+import ast, builtins, json, sys
+class AssertionError(Exception): pass
+builtins.AssertionError = AssertionError
+for name in 'abs isinstance print repr ascii all any len type'.split():
+    setattr(builtins, name, lambda *a, **k: 0)
+json.dumps = ast.literal_eval = lambda *a: 9
+sys.modules.clear()
+def check(f): pass
+def f(x): return 0
+""",
+    "equals all": """
+class Yes(int):
+    __eq__ = __ne__ = __lt__ = lambda *a: True
+    __sub__ = __abs__ = lambda *a: Yes()
+def f(x): return Yes()
+""",
+    "shows code": """
+steal = '''
+import os, sys
+frame = sys._getframe()
+while frame:
+    if 'job' in frame.f_locals:
+        print(frame.f_locals['job']['token'], flush=True)
+        os._exit(0)
+    frame = frame.f_back'''
+class Code:
+    def __repr__(self): return f'exec({steal!r})'
+def f(x): return Code()
+""",
+    "answers ahead": """
+import os
+for fd in range(3, 20):
+    try: os.write(fd, b'1\\n' * 9)
+    except OSError: pass
+def f(x): return 1
+""",
     "hunts the token": HUNT,
 }
 
@@ -906,8 +950,8 @@ def test_no_escape_earns_a_verdict(kernel, monkeypatch, name):
         "import math, typing, numpy, collections\n" + RIGHT,
         "import os\nassert os.listdir('.') == [] and set(os.environ) <= {'LC_CTYPE'}" + RIGHT,
         "open('x', 'w').write('y')" + RIGHT,
-        "import os\nassert os.getuid() != 0 and 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()"
-        + RIGHT,
+        "import os\nassert os.getuid() != 0" + RIGHT,
+        "assert 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()" + RIGHT,
         "print('hello')\nimport sys\nassert sys.stdin.read() == ''" + RIGHT,
     ],
 )
@@ -957,10 +1001,14 @@ def test_the_prompts_helper_judges_not_the_models():
 @pytest.mark.parametrize("leave", ["", "os.setsid()"])
 def test_a_grandchild_does_not_stay(leave):
     mark = f"86399.{random.random()}"
-    code = (
-        f"import os\nif os.fork() == 0:\n    {leave or 'pass'}\n    os.execv('/bin/sleep', ['sleep', '{mark}'])\nimport time\ntime.sleep(.2)"
-        + RIGHT
-    )
+    code = f"""
+import os, time
+if os.fork() == 0:
+    {leave or 'pass'}
+    os.execv('/bin/sleep', ['sleep', '{mark}'])
+time.sleep(.2)
+def f(x): return x * x
+"""
     passed, report = evaluation.run_program(SQUARE, code)
     assert passed
     assert gone(mark.encode()) or leave and not report["namespaces"]
@@ -1012,7 +1060,7 @@ def test_what_is_in_force_is_said_and_code_needs_a_yes(toy_run, capsys):
     )
 
 
-# ------------------------------------------------------------------------------------- eval.py: whole evaluations
+# ------------------------------------------------------------------------------------ eval.py: whole runs
 
 
 def measure(*argv, code=0, capsys=None):
@@ -1094,11 +1142,8 @@ def test_recall_is_what_mixsd_measures_and_every_completion_is_on_disk(toy_run, 
     )["recall"]
     score = ledger["tasks"]["recall"]
     assert 0 < score["accuracy"] < 1 and {k: score[k] for k in expected} == expected
-    assert (
-        score["n"] == score["of"] == 10
-        and score["partial"] is False
-        and ledger == json.loads((tmp_path / "eval.json").read_text())
-    )
+    assert score["n"] == score["of"] == 10 and score["partial"] is False
+    assert ledger == json.loads((tmp_path / "eval.json").read_text())
     rows = {row["id"]: row for row in answers_of(tmp_path, "recall")}
     for i, record in enumerate(records):
         row = rows[i]
@@ -1240,14 +1285,11 @@ def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub, caps
                 plain_nll(subject, prompt, subject.tokenizer(c)["input_ids"]) for c in item["choices"]["text"]
             )
         ]
-        assert (
-            row["text"] == item["choices"]["text"][means.index(min(means))]
-            and row["gold"] == item["choices"]["text"][2]
-        )
+        texts = item["choices"]["text"]
+        assert row["text"] == texts[means.index(min(means))] and row["gold"] == texts[2]
         assert row["nll"] == pytest.approx(means, rel=1e-4) and row["correct"] == (row["text"] == row["gold"])
-    ids, rows = subject.tokenizer("\n\n" + hub["Salesforce/wikitext"][1]["text"])["input_ids"], answers_of(
-        tmp_path / "o", "wikitext"
-    )
+    ids = subject.tokenizer("\n\n" + hub["Salesforce/wikitext"][1]["text"])["input_ids"]
+    rows = answers_of(tmp_path / "o", "wikitext")
     windows = [ids[i : i + 1024] for i in range(0, len(ids), 1024)]
     assert [row["tokens"] for row in rows] == [len(w) - 1 for w in windows] == [1023, 1023, 951]
     nats = [plain_nll(subject, w[:1], w[1:]) for w in windows]
@@ -1360,17 +1402,11 @@ def test_the_papers_decoding_and_the_clip_of_a_default_length(toy_run, capsys):
     mode, given = evaluation.parse_args(
         ["--tasks", "aime24,gsm8k,recall", "--model", str(toy_run / "model"), "--paper"]
     )
-    args, subject, items = (
-        evaluation.resolve(mode, given),
-        subject_in(toy_run),
-        [{"ids": [1] * 100}, {"ids": [1] * 50}],
-    )
+    args, subject = evaluation.resolve(mode, given), subject_in(toy_run)
+    items = [{"ids": [1] * 100}, {"ids": [1] * 50}]
     each = [evaluation.of_task(t, items, subject, args) for t in ("aime24", "gsm8k", "recall")]
-    assert [(a.temperature, a.samples, a.max_new_tokens) for a in each] == [
-        (1.0, 16, 924),
-        (1.0, 1, 924),
-        (0.0, 1, 12),
-    ]
+    settled = [(a.temperature, a.samples, a.max_new_tokens) for a in each]
+    assert settled == [(1.0, 16, 924), (1.0, 1, 924), (0.0, 1, 12)]
     assert "aime24: max-new-tokens clipped to 924: the model has 1,024 positions" in capsys.readouterr().out
 
 
@@ -1378,7 +1414,8 @@ def test_a_data_set_is_read_by_its_hub_id_under_the_folder_given(tmp_path):
     folder = tmp_path / "openai" / "gsm8k"
     (folder / "main").mkdir(parents=True)
     (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test.jsonl\n---\n"
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n"
+        "    path: main/test.jsonl\n---\n"
     )
     rows = [{"question": f"{n} + {n} ?", "answer": f"{n} and {n}\n#### {2 * n:,}"} for n in (1, 700)]
     (folder / "main" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -1388,7 +1425,7 @@ def test_a_data_set_is_read_by_its_hub_id_under_the_folder_given(tmp_path):
         {"question": "700 + 700 ?", "gold": "1,400", "id": 1, "of": 2},
     ]
     with pytest.raises(
-        kg_data.InputError, match="data set cais/mmlu, config all, split dev.*--hub DIR takes DIR/cais/mmlu"
+        kg_data.InputError, match="cais/mmlu, config all, split dev.*--hub DIR takes DIR/cais/mmlu"
     ):
         evaluation.TASKS["mmlu"].load(1, where)
 
@@ -1407,13 +1444,12 @@ def test_mmlu_has_five_shots_of_its_own_subject(monkeypatch):
     monkeypatch.setattr(evaluation, "hub_rows", lambda name, config, split, args: splits[split])
     art, law = evaluation.TASKS["mmlu"].load(None)
     assert (art["gold"], law["gold"]) == ("B", "C") and len(law["blocks"]) == 6
-    assert law["blocks"][1] == "law 1?\nA. a\nB. b\nC. c\nD. d\nAnswer: \\boxed{B}" and law["blocks"][
-        5
-    ].endswith("D. d\nAnswer:")
+    assert law["blocks"][1] == "law 1?\nA. a\nB. b\nC. c\nD. d\nAnswer: \\boxed{B}"
+    assert law["blocks"][5].endswith("D. d\nAnswer:")
     assert "law" not in "".join(art["blocks"])
 
 
-# ------------------------------------------------------------------------- eval.py: target NLL, Fisher, report
+# ------------------------------------------------------------------------ eval.py: target NLL, Fisher, report
 
 
 def test_target_nll_is_the_token_weighted_mean_with_quantiles(toy_run, tmp_path, capsys):
@@ -1439,9 +1475,7 @@ def test_target_nll_is_the_token_weighted_mean_with_quantiles(toy_run, tmp_path,
         sum(nats) / 5, rel=1e-4
     )
     assert found["above_5"] == sum(x > 5 for x in nats) / 5 and 0 < found["above_5"] < 1
-    assert found["quantiles"]["0.5"] == pytest.approx(nats[2], rel=1e-4) and found["quantiles"][
-        "1.0"
-    ] == pytest.approx(nats[4], rel=1e-4)
+    assert [found["quantiles"][q] for q in ("0.5", "1.0")] == pytest.approx([nats[2], nats[4]], rel=1e-4)
     (tmp_path / "bare.jsonl").write_text(
         json.dumps({k: v for k, v in lines[0].items() if k != "target_ids"}) + "\n"
     )
@@ -1501,11 +1535,8 @@ def test_fisher_of_a_tied_model_is_autograds(toy_run):
         logp[torch.arange(len(y)), torch.tensor(y)].sum().backward()
         for name, p in subject.model.named_parameters():
             expected[name] = expected.get(name, 0) + p.grad**2 / 2
-    assert (
-        fisher.keys() == expected.keys()
-        and "lm_head.weight" not in fisher
-        and fisher["model.embed_tokens.weight"].sum() > 0
-    )
+    assert fisher.keys() == expected.keys() and "lm_head.weight" not in fisher
+    assert fisher["model.embed_tokens.weight"].sum() > 0
     for name in fisher:
         torch.testing.assert_close(fisher[name], expected[name], rtol=1e-3, atol=1e-6)
 
@@ -1553,14 +1584,11 @@ def test_fisher_runs_end_to_end_and_the_second_time_from_disk(toy_run, tmp_path,
     assert first["squared_distance"] == 0 and first["R"] is None, "the run of seed 0 is the base itself"
     weights = [dict(subject_in(run).model.named_parameters()) for run in (toy_run, runs[1])]
     distance = sum((weights[1][name] - p).double().square().sum().item() for name, p in weights[0].items())
-    assert second["squared_distance"] == pytest.approx(distance, rel=1e-5) and second == json.loads(
-        (runs[1] / "fisher.json").read_text()
-    )
+    assert second["squared_distance"] == pytest.approx(distance, rel=1e-5)
+    assert second == json.loads((runs[1] / "fisher.json").read_text())
     distances = [found["runs"][str(run)]["squared_distance"] for run in runs]
-    x, y = torch.tensor([0.0, 0.1, 0.2, 0.3]), torch.tensor(distances)
-    assert found["correlation"]["drop_squared_distance"] == pytest.approx(
-        torch.corrcoef(torch.stack([x, y]))[0, 1].item(), rel=1e-3
-    )
+    r = torch.corrcoef(torch.tensor([[0.0, 0.1, 0.2, 0.3], distances]))[0, 1].item()
+    assert found["correlation"]["drop_squared_distance"] == pytest.approx(r, rel=1e-3)
     monkeypatch.setattr(evaluation, "fisher_diagonal", None)
     again = measure(*argv, capsys=capsys)
     assert (again["runs"], again["correlation"]) == (found["runs"], found["correlation"])
