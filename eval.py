@@ -776,13 +776,25 @@ def mean_and_spread(values):
     return f"{statistics.fmean(values):.2f}{spread}" if values else "-"
 
 
+def labels_of(folders, runs):
+    """Each run's method, with what sets it apart from others of its method and rho, seeds aside."""
+    settings, labels = [read_json(folder, "args.json") | {"seed": None} for folder in folders], []
+    for run, own in zip(runs, settings):
+        alike = [s for r, s in zip(runs, settings) if (r["method"], r["rho"]) == (run["method"], run["rho"])]
+        differs = [k for k, v in own.items() if v is not None and any(s.get(k) != v for s in alike)]
+        labels.append(", ".join([run["method"]] + [f"{k} {own[k]}" for k in differs]))
+    return labels
+
+
 def report(args):
     """Print a Markdown table of runs, base first, seeds together; draw OUT/frontier.png with matplotlib."""
     runs, groups = [read_run(folder) for folder in args.report], {}
     kinds = sorted({f"{r['model']} on {r['data']}" for r in runs})
     if len(kinds) > 1:
         raise InputError(f"--report: one table is for one model and corpus, these are {', '.join(kinds)}")
-    for r in sorted(runs, key=lambda r: (r["method"] == "mixsd", r["method"], r["rho"] or 0)):
+    for run, label in zip(runs, labels_of(args.report, runs)):
+        run["method"] = label
+    for r in sorted(runs, key=lambda r: (r["method"].startswith("mixsd"), r["method"], r["rho"] or 0)):
         groups.setdefault((r["method"], r["rho"]), []).append(r)
     partial, base = " (partial)" if any(r["partial"] for r in runs) else "", runs[0]["base_recall"]
     print(f"| method | rho | seeds | recall | kept | retention{partial} | target NLL | R |\n|" + "---|" * 8)
@@ -807,17 +819,19 @@ def frontier(groups, base_recall, partial, path):
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=150)
     marks = {("base", None): [(1.0, base_recall)]}
     marks |= {key: [(r["retention"], r["recall"]) for r in group] for key, group in groups.items()}
-    line = []
+    lines = {}                                              # label: the means of its rhos
     for (method, rho), points in marks.items():
         points = [point for point in points if None not in point]
         if not points:
             continue
         styles = {"base": ("black", "*"), "sft": ("tab:red", "s"), "mixsd": (plt.cm.viridis_r(rho or 0), "o")}
-        color, mark = styles.get(method, ("tab:purple", "D"))
-        line += [[statistics.fmean(side) for side in zip(*points)]] if method == "mixsd" else []
+        color, mark = styles.get(method.split(",")[0], ("tab:purple", "D"))
+        if method.startswith("mixsd"):
+            lines.setdefault(method, []).append([statistics.fmean(side) for side in zip(*points)])
         axes.scatter(*zip(*points), color=color, marker=mark, s=70, zorder=3, edgecolors="white", alpha=0.8,
                      label=method if rho is None else f"{method}, ρ = {rho:g}")
-    axes.plot(*zip(*line), color="gray", zorder=2)
+    for line in lines.values():
+        axes.plot(*zip(*line), color="gray", zorder=2)
     axes.set(xlabel=f"retention: held-out accuracy, after / before{partial}", ylabel="recall of all facts",
              xlim=(0, max(1.05, axes.get_xlim()[1])), ylim=(0, 1.05))
     axes.grid(alpha=0.25)

@@ -652,8 +652,8 @@ def load(loader, path, **options):
 def load_tokenizer(path):
     """The tokenizer in `path`, which must be a chat model's."""
     tokenizer = load(AutoTokenizer, str(path))
-    if not tokenizer.chat_template:
-        raise InputError(f"--model {path}: its tokenizer has no chat template; choose an instruct model")
+    if not tokenizer.chat_template:                 # transformers makes up a tokenizer where there is none
+        raise InputError(f"--model {path}: no tokenizer, or no chat template in it; choose an instruct model")
     return tokenizer
 
 

@@ -1654,3 +1654,15 @@ def test_the_frontier_marks_every_run_and_joins_the_mixsd_means_in_order_of_rho(
     evaluation.frontier(groups, 0.1, "", tmp_path / "f.png")
     assert drawn["scatter"] == [([1.0], [0.1]), ([0.2], [1.0]), ([0.4, 0.6], [0.9, 0.7]), ([0.9], [0.6])]
     assert drawn["plot"] == [(pytest.approx([0.5, 0.9]), pytest.approx([0.8, 0.6]))]
+
+
+def test_the_report_does_not_average_runs_that_differ_in_more_than_the_seed(tmp_path):
+    runs = []
+    for name, temperature, seed in (("a", 0.0, 0), ("b", 0.0, 1), ("c", 1.0, 0)):
+        (tmp_path / name).mkdir()
+        settings = {"temperature": temperature, "seed": seed, "lr": 1e-5, "top_k": None}
+        (tmp_path / name / "args.json").write_text(json.dumps(settings))
+        runs.append({"method": "mixsd", "rho": 0.3})
+    labels = evaluation.labels_of([tmp_path / name for name in "abc"], runs)
+    assert labels == ["mixsd, temperature 0.0"] * 2 + ["mixsd, temperature 1.0"]
+    assert evaluation.labels_of([tmp_path / name for name in "ab"], runs[:2]) == ["mixsd"] * 2
