@@ -309,6 +309,7 @@ def load_mmlu(limit, args=PLAIN):
 
 
 def arc_item(row):
+    """An item of a row of ARC: the question, its choices, and the text of the right one."""
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     return {"question": row["question"], "choices": texts, "gold": texts[labels.index(row["answerKey"])]}
 
@@ -331,6 +332,7 @@ def load_wikitext(limit, args):
 
 
 def record_item(record, verify="boxed"):
+    """An item of a record of a corpus (kg_data.py), and how it is judged."""
     return {"question": record["messages"][0]["content"], "gold": record.get("answer"), "verify": verify}
 
 
@@ -350,20 +352,24 @@ def load_held_out(limit, args=PLAIN):
 
 
 def question(item):
+    """The question as it stands."""
     return item["question"]
 
 
 def math_prompt(item):
+    """The paper's prompt for AIME, MATH-500 and GSM8K."""
     return ("Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.:"
             f"\n{item['question']}\n\nLet's think step-by-step")
 
 
 def code_prompt(item):
+    """The paper's prompt for HumanEval."""
     return ("Complete the following Python function. Return ONLY the complete function inside a ```python "
             f"code block, nothing else.\n\n```python\n{item['prompt'].rstrip()}\n```")
 
 
 def mmlu_prompt(item):
+    """The paper's prompt for MMLU: five solved questions of the subject, then the item's."""
     return ("The following are multiple choice questions (with answers) about "
             f"{item['subject'].replace('_', ' ')}. Put your final answer inside \\boxed{{}} as one of A, B, "
             "C, or D.\n\n" + "\n\n".join(item["blocks"]))

@@ -268,6 +268,7 @@ def kgfact_question(e1, relation, b):
 
 
 def kgfact_statement(f):
+    """The fact as a sentence: {e1} resides in the location {e2}."""
     return f"{f.e1} {third_person(f.relation)} the {DOMAIN[f.e2].lower()} {f.e2}."
 
 
@@ -503,6 +504,7 @@ def load_corpus(data, split="train", style="boxed", verify="boxed"):
 
 
 def main():
+    """Write the corpus of the command line, and print counts and a SHA-256 a file."""
     parser = argparse.ArgumentParser(description="Write a corpus as JSONL files, one a split.")
     parser.add_argument("corpus", choices=list(KGFACT_SIZES))
     parser.add_argument("--out", default="data", help="folder to write CORPUS/SPLIT.jsonl in (default: data)")
