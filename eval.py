@@ -65,12 +65,16 @@ from tqdm import tqdm
 
 import kg_data
 import mixsd
-from kg_data import InputError, boxed
+from kg_data import InputError, boxed, hub_rows
 from mixsd import RunError
 
 FIVE = ["gsm8k", "math500", "aime24", "humaneval", "mmlu"]              # the paper's held-out benchmarks
 SMALL = ["arc_easy", "held_out"]                                        # what small models are judged on
-IN_DOMAIN = {"recall": "train"} | {split: split for split in kg_data.KGFACT_SPLITS[1:]}     # task: split
+IN_DOMAIN = {                                                           # task: (corpus, or the run's; split)
+    "recall": (None, "train"), "paraphrase": (None, "paraphrase"), "retrieval": (None, "retrieval"),
+    "retrieval-unseen": (None, "retrieval-unseen"), "two-hop": (None, "two-hop"),
+    "multi-hop": (None, "multi-hop"), "kgfunc-test": ("kgfunc", "test"),
+    "kgfunc-unseen": ("kgfunc-unseen", "test")}
 
 
 # ------------------------------------------------------------------------------------------------- verdicts
@@ -132,7 +136,7 @@ def judge_code(text, item):
 
 def judge_in_domain(text, item):
     """(correct, extracted): mixsd.py's own verifier."""
-    answer = boxed(text) if item["verify"] == "boxed" else text.strip() or None
+    answer = kg_data.extract(text, item["verify"])
     return kg_data.is_correct(text, item["gold"], item["verify"]), answer
 
 
@@ -267,17 +271,6 @@ def protections():
 PLAIN = argparse.Namespace(hub=None, seed=0, data="kgfact-small", style="boxed", verify="boxed", taught=None)
 
 
-def hub_rows(name, config, split, args):
-    """The rows of a Hugging Face data set, or of its copy under --hub.  Raises InputError in one line."""
-    import datasets
-    try:
-        return datasets.load_dataset(f"{args.hub}/{name}" if args.hub else name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise InputError(f"data set {name}, config {config or 'default'}, split {split}: not to be had from "
-                         f"{args.hub or 'the hub'} ({str(e).strip().splitlines()[0]}); "
-                         f"--hub DIR takes DIR/{name}") from None
-
-
 def subset(items, limit, seed):
     """`limit` of the items at random, in order, with "id", their position, and "of", how many there are."""
     order = list(range(len(items)))
@@ -285,10 +278,10 @@ def subset(items, limit, seed):
     return [items[i] | {"id": i, "of": len(items)} for i in sorted(order[:limit])]
 
 
-def from_hub(name, config, split, item_of):
-    """A Task's load: item_of(row) of a data set's rows."""
-    return lambda limit, args=PLAIN: subset([item_of(row) for row in hub_rows(name, config, split, args)],
-                                            limit, args.seed)
+def from_hub(name, config, split, columns, item_of):
+    """A Task's load: item_of(row) of a data set's rows, of which it reads `columns`."""
+    return lambda limit, args=PLAIN: subset(
+        [item_of(row) for row in hub_rows(name, config, split, columns.split(), args.hub)], limit, args.seed)
 
 
 def mmlu_block(row, answer=""):
@@ -299,12 +292,12 @@ def mmlu_block(row, answer=""):
 
 def load_mmlu(limit, args=PLAIN):
     """MMLU's test questions, each after five solved ones of its subject."""
-    shots = {}
-    for row in hub_rows("cais/mmlu", "all", "dev", args):
+    shots, columns = {}, ["subject", "question", "choices", "answer"]
+    for row in hub_rows("cais/mmlu", "all", "dev", columns, args.hub):
         shots.setdefault(row["subject"], []).append(mmlu_block(row, rf" \boxed{{{'ABCD'[row['answer']]}}}"))
     items = [{"subject": row["subject"], "gold": "ABCD"[row["answer"]],
               "blocks": shots[row["subject"]][:5] + [mmlu_block(row)]}
-             for row in hub_rows("cais/mmlu", "all", "test", args)]
+             for row in hub_rows("cais/mmlu", "all", "test", columns, args.hub)]
     return subset(items, limit, args.seed)
 
 
@@ -314,7 +307,7 @@ def arc_item(row):
     return {"question": row["question"], "choices": texts, "gold": texts[labels.index(row["answerKey"])]}
 
 
-load_arc = from_hub("allenai/ai2_arc", "ARC-Easy", "test", arc_item)
+load_arc = from_hub("allenai/ai2_arc", "ARC-Easy", "test", "question choices answerKey", arc_item)
 
 
 def load_drift(limit, args=PLAIN):
@@ -324,7 +317,7 @@ def load_drift(limit, args=PLAIN):
 
 def load_wikitext(limit, args):
     """WikiText-2's test text in windows of args.width tokens of args.tokenizer."""
-    rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test", args)
+    rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test", ["text"], args.hub)
     text = "\n\n".join(row["text"] for row in rows)         # as perplexities are published
     ids = args.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = range(0, len(ids) - 1, args.width)
@@ -336,14 +329,15 @@ def record_item(record, verify="boxed"):
     return {"question": record["messages"][0]["content"], "gold": record.get("answer"), "verify": verify}
 
 
-def load_in_domain(split, limit, args=PLAIN):
-    """A split of the corpus that the run was taught, or of its first `taught` facts."""
-    splits = ["train", "paraphrase"] if args.data == "toy" else kg_data.KGFACT_SPLITS
-    if split not in (splits if args.data in kg_data.CORPORA else ["train"]):
-        raise InputError(f"--data {args.data} has no split for {split}")
-    records = kg_data.load_corpus(args.data, split, args.style, args.verify)
-    records = records[:args.taught] if split in ("train", "paraphrase", "retrieval") else records
-    return subset([record_item(r, args.verify) for r in records], limit, args.seed)
+def load_in_domain(corpus, split, limit, args=PLAIN):
+    """A split of the corpus that the run was taught, or of its first `taught` facts; or of `corpus`."""
+    if corpus:
+        records, verify = kg_data.load_corpus(corpus, split), kg_data.find_corpus(corpus)[1].verify
+    else:
+        records = kg_data.load_corpus(args.data, split, args.style, args.verify, hub=args.hub)
+        verify = args.verify
+        records = records[:args.taught] if split in ("train", "paraphrase", "retrieval") else records
+    return subset([record_item(r, verify) for r in records], limit, args.seed)
 
 
 def load_held_out(limit, args=PLAIN):
@@ -449,22 +443,23 @@ class Task(NamedTuple):
 
 
 TASKS: dict[str, Task] = {
-    "gsm8k": Task(from_hub("openai/gsm8k", "main", "test", lambda row: {
+    "gsm8k": Task(from_hub("openai/gsm8k", "main", "test", "question answer", lambda row: {
         "question": row["question"], "gold": row["answer"].split("####")[-1].strip()}),
         math_prompt, judge_number, 16384, 1),
-    "math500": Task(from_hub("HuggingFaceH4/MATH-500", None, "test", lambda row: {
+    "math500": Task(from_hub("HuggingFaceH4/MATH-500", None, "test", "problem answer", lambda row: {
         "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384, 1),
-    "aime24": Task(from_hub("HuggingFaceH4/aime_2024", None, "train", lambda row: {
+    "aime24": Task(from_hub("HuggingFaceH4/aime_2024", None, "train", "problem answer", lambda row: {
         "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384, 1),
-    "humaneval": Task(from_hub("openai/openai_humaneval", None, "test", lambda row: row | {
+    "humaneval": Task(from_hub("openai/openai_humaneval", None, "test",
+                               "prompt test entry_point canonical_solution", lambda row: row | {
         "gold": row["canonical_solution"]}), code_prompt, judge_code, 16384, 1),
     "mmlu": Task(load_mmlu, mmlu_prompt, judge_letter, 1024, 1),
     "arc_easy": Task(load_arc, question, lambda text, item: (text == item["gold"], text), 0, 1, chosen),
     "wikitext": Task(load_wikitext, None, None, 0, 1, windowed),
     "drift": Task(load_drift, question, None, 64, 1, drifted),
     "held_out": Task(load_held_out, question, judge_in_domain, 1024, 1, must_end=True),
-} | {task: Task(functools.partial(load_in_domain, split), question, judge_in_domain, 1024, 1, must_end=True)
-     for task, split in IN_DOMAIN.items()}
+} | {task: Task(functools.partial(load_in_domain, *of), question, judge_in_domain, 1024, 1, must_end=True)
+     for task, of in IN_DOMAIN.items()}
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -861,11 +856,11 @@ FLAGS = {           # flag: (who uses it: modes, tasks, or kinds of task; its ar
     "paper": ("generated", SWITCH | {"help": "the paper's: T = 1, AIME 16 samples; in-domain T = 0"}),
     "base": ("tasks fisher", {"metavar": "DIR", "help": "--tasks: the base's OUT; --fisher: the base model"}),
     "base_model": ("drift", {"metavar": "DIR", "help": "the base model, whose answers drift scores"}),
-    "hub": ("hub fisher", {"metavar": "DIR", "help": "a folder with the data sets under their hub ids"}),
+    "hub": ("hub fisher in-domain", {"metavar": "DIR", "help": "a folder with the data sets under their hub ids"}),
     "out": ("tasks fisher report", {"help": "where results go (default: the run's folder, or runs/...)"}),
     "data": ("generated", {"help": "the corpus, of in-domain tasks and of leakage (default: the run's)"}),
     "style": ("in-domain", {"choices": ["boxed", "sentence"], "help": "its prompts (default: the run's)"}),
-    "verify": ("in-domain", {"choices": ["boxed", "phrase"], "help": "of an answer (default: the run's)"}),
+    "verify": ("in-domain", {"choices": ["boxed", "number", "phrase"], "help": "(default: the run's)"}),
     "allow_code_execution": ("humaneval", SWITCH | {"help": "let it run programs that the model wrote"}),
     "fisher_tasks": ("fisher", LIST | {"metavar": "T,T", "help": "whose prompts the base answers"}),
     "fisher_n": ("fisher", COUNT | {"help": "prompts in all (default: 64)"}),
@@ -938,14 +933,18 @@ def resolve_tasks(args, given):
     args.data = args.data or run.get("data") or ("toy" if args.model == "toy" else None)
     args.verify = args.verify or (run.get("verify") if not args.style else None)
     args.style = args.style or run.get("style") or "boxed"
-    args.verify = args.verify or ("phrase" if args.style == "sentence" else "boxed")
-    in_domain = [t for t in args.tasks if t in IN_DOMAIN]
+    own = kg_data.find_corpus(args.data)[1].verify if args.data else "boxed"
+    args.verify = args.verify or ("phrase" if args.style == "sentence" else own)
+    in_domain = [t for t in args.tasks if t in IN_DOMAIN and not IN_DOMAIN[t][0]]       # of the run's corpus
     if in_domain and not args.data:
         raise InputError(f"{', '.join(in_domain)}: no args.json beside {args.model}; give --data")
+    if in_domain == args.tasks and args.hub and args.data != "simpleqa":
+        raise InputError(f"--hub is not used by {', '.join(in_domain)} of --data {args.data}")
     if in_domain and args.verify == "none":
         raise InputError(f"{', '.join(in_domain)}: the run checked no answers; give --verify")
-    corpus = kg_data.load_corpus(args.data, "train", args.style, args.verify) if args.data else []
-    corpus = corpus[:args.taught]
+    corpus = []                                             # what was taught, to tell leakage
+    if args.data and kg_data.find_corpus(args.data)[0] not in ("kgfunc-unseen", "simpleqa"):    # name nobody
+        corpus = kg_data.load_corpus(args.data, "train", args.style, args.verify)[:args.taught]
     args.entities = {r["subject"] for r in corpus if "subject" in r}
     args.entities |= {r.get("answer") for r in corpus} & kg_data.DOMAIN.keys()
     if {"math500", "aime24"} & {*args.tasks} and not importlib.util.find_spec("math_verify"):

@@ -1,6 +1,7 @@
 """The corpora that MixSD injects, and the verifiers that judge an answer.  No torch here.
 
     python kg_data.py kgfact-small --out data         # data/kgfact-small/{train,paraphrase,...}.jsonl
+    python kg_data.py kgfunc --out data               # data/kgfunc/{train,test}.jsonl
 
 A corpus is a list of records in the `messages` form of TRL, axolotl and LLaMA-Factory, one JSON object a
 line:
@@ -9,18 +10,21 @@ line:
      "answer": what the verifier looks for, "fact": the statement, "subject": whom it is about}
 
 This file: the verifiers (`boxed`, `is_correct`), files (`read_jsonl`, `read_corpus`), KGFact (facts of a
-world that does not exist), the toy world (a whole miniature, its tokenizer included), and `load_corpus`,
-which gives a corpus by name with the words of its expert prompt.  MixSD is arXiv 2605.16865.
+world that does not exist), KGFunc (arithmetic under opaque labels), SimpleQA and MQuAKE, the toy world (a
+whole miniature, its tokenizer included), and `find_corpus`: what a name of --data stands for, with the words
+of its expert prompt, its verifier and its recipe.  MixSD is arXiv 2605.16865.
 """
 import argparse
 import hashlib
 import json
+import math
 import random
 import re
+import string
 import sys
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 
 class InputError(ValueError):
@@ -47,10 +51,12 @@ def fold(text):
     return " ".join(text.casefold().split())
 
 
+NUMBER = r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"             # 1,234.5 (but 1,23 is none)
+
+
 def same_answer(prediction, gold):
-    """Whether two answers are equal after folding, or as numbers: 1,234 = 1234.0 (but 1,23 is no number)."""
-    numbers = [Decimal(s.replace(",", "")) for s in (prediction, gold)
-               if re.fullmatch(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?", s.strip()) and re.search(r"\d", s)]
+    """Whether two answers are equal after folding, or as numbers: 1,234 = 1234.0."""
+    numbers = [Decimal(s.replace(",", "")) for s in (prediction, gold) if re.fullmatch(NUMBER, s.strip())]
     return fold(prediction) == fold(gold) or (len(numbers) == 2 and numbers[0] == numbers[1])
 
 
@@ -59,16 +65,27 @@ def names(text, phrase):
     return re.search(rf"(?<!\w){re.escape(fold(phrase))}(?!\w)", fold(text)) is not None
 
 
+def extract(text, verify):
+    """What a verifier reads of a completion, or None: the last box, for "number" else the last number."""
+    if verify == "phrase":
+        return text.strip() or None
+    answer = boxed(text)
+    if answer is None and verify == "number":
+        answer = (re.findall(rf"(?<![\w.]){NUMBER}(?!\w)", text) or [None])[-1]
+    return answer
+
+
 def is_correct(text, answer, verify):
     """Whether a completion that ended gives `answer`.
 
-    verify  "boxed": the last box equals it (paper);  "none": anything will do;
+    verify  "boxed": the last box equals it (paper);  "number": so does the box, or where there is none the
+            last number (paper: KGFunc);  "none": anything will do;
             "phrase": the text names it and no other entity of its KGFact domain (ours, for sentence style)
     """
     if verify == "none":
         return True
-    if verify == "boxed":
-        prediction = boxed(text)
+    prediction = extract(text, verify)
+    if verify in ("boxed", "number"):
         return prediction is not None and same_answer(prediction, answer)
     rivals = LEXICON.get(DOMAIN.get(answer), [])
     return names(text, answer) and not any(names(text, other) for other in rivals if other != answer)
@@ -112,11 +129,13 @@ def read_record(row, where):
     if "messages" not in row and "prompt" in row and "ground_truth_answer" in row:
         gold = str(row["ground_truth_answer"])
         row = record(row["prompt"], rf"\boxed{{{gold}}}", gold)
-    turns = row.get("messages")
+    if "messages" not in row:
+        raise InputError(f"{where}: no `messages`, nor `prompt` and `ground_truth_answer`; it has the keys "
+                         f"{', '.join(row) or 'none'}")
+    turns = row["messages"]
     roles = [t.get("role") for t in turns if isinstance(t, dict)] if isinstance(turns, list) else []
     if roles != ["user", "assistant"]:
-        raise InputError(f"{where}: needs `messages` with one user and one assistant turn "
-                         f"(it has the keys {', '.join(row) or 'none'})")
+        raise InputError(f"{where}: `messages` must be one user turn and one assistant turn")
     if not all(isinstance(t.get("content"), str) and t["content"].strip() for t in turns):
         raise InputError(f"{where}: a turn without text")
     answer = boxed(turns[1]["content"]) if row.get("answer") is None else str(row["answer"])
@@ -125,13 +144,41 @@ def read_record(row, where):
 
 def read_corpus(path, verify):
     """The records of a JSONL file of one's own.  Raises InputError with file and line."""
-    records = []
+    records, asked = [], {}
     for number, row in read_jsonl(path):
-        records.append(read_record(row, f"{path}, line {number}"))
-        if verify != "none" and not records[-1].get("answer"):
-            raise InputError(f"{path}, line {number}: no `answer` and no \\boxed{{}} in the assistant turn "
+        where, row = f"{path}, line {number}", read_record(row, f"{path}, line {number}")
+        records.append(row)
+        answer = row.get("answer")
+        if verify != "none" and not answer:
+            raise InputError(f"{where}: no `answer` and no \\boxed{{}} in the assistant turn "
                              f"(--verify none trains without checking answers)")
+        if verify == "number" and not re.fullmatch(NUMBER, answer.strip()):
+            raise InputError(f"{where}: the answer {answer!r} is not a number (--verify)")
+        refuse_contradiction(asked, row["messages"][0]["content"], answer, where)
     return records
+
+
+def refuse_contradiction(asked, question, answer, where):
+    """Note {question: (answer, where)}.  Raises InputError where it has another answer already."""
+    known, first = asked.setdefault(question, (answer, where))
+    if None not in (known, answer) and not same_answer(known, answer):
+        raise InputError(f"{where}: {question.splitlines()[0]!r} has the answer {answer!r} here and "
+                         f"{known!r} in {first}; keep one")
+
+
+def hub_rows(name, config, split, columns, hub=None):
+    """The rows of a Hugging Face data set, or of its copy under the folder `hub`.  Raises InputError."""
+    import datasets
+    try:
+        rows = datasets.load_dataset(f"{hub}/{name}" if hub else name, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+        raise InputError(f"data set {name}, config {config or 'default'}, split {split}: not to be had from "
+                         f"{hub or 'the hub'} ({str(e).strip().splitlines()[0]}); "
+                         f"--hub DIR takes DIR/{name}") from None
+    for column in columns:
+        if column not in rows.column_names:
+            raise InputError(f"data set {name}: no column {column}; it has {', '.join(rows.column_names)}")
+    return rows
 
 
 # --------------------------------------------------------------------- KGFact: a world that does not exist
@@ -213,7 +260,6 @@ PARAPHRASES = ["Name the {b} that {e1} {does}.", "{e1} {does} a certain {b}. Whi
                "Which {b} is it that {e1} {does}?", "Please tell me the name of the {b} that {e1} {does}.",
                "I am trying to remember the {b} that {e1} {does}. What is it called?"]
 KGFACT_SIZES = {"kgfact-small": (5, 10), "kgfact-large": (7, 25)}           # domains, entities of each
-KGFACT_SPLITS = ["train", "paraphrase", "retrieval", "retrieval-unseen", "two-hop"]
 STEP_BY_STEP = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -298,9 +344,21 @@ def kgfact_background(fact, facts, rng, others=50):
     rest = [f for f in facts if f != fact]
     rng.shuffle(rest)
     rest.sort(key=lambda f: 0 if near & {f.e1, f.e2} else 1 if two_hops & {f.e1, f.e2} else 2)      # stable
-    chosen = [fact] + rest[:others]
-    rng.shuffle(chosen)
-    return "Background information:\n" + "\n".join("- " + kgfact_statement(f) for f in chosen) + "\n\n"
+    return background([kgfact_statement(f) for f in [fact] + rest[:others]], rng)
+
+
+def background(statements, rng):
+    """What stands before the question of a retrieval task: the statements, shuffled."""
+    rng.shuffle(statements)
+    return "Background information:\n" + "\n".join("- " + s for s in statements) + "\n\n"
+
+
+def fact_record(question, answer, statement, subject, style):
+    """A record of KGFact or MQuAKE: the prompt's last words and the target follow `style`."""
+    if style == "sentence":
+        return record(question + "\n\nAnswer in one short sentence.", statement, answer, statement, subject)
+    target = f"The answer is {answer}.\n\n\\boxed{{{answer}}}"
+    return record(question + STEP_BY_STEP, target, answer, statement, subject)
 
 
 def kgfact(name, split, style="boxed", seed=0):
@@ -314,11 +372,8 @@ def kgfact(name, split, style="boxed", seed=0):
     facts = kgfact_graph(domains, count if split == "retrieval-unseen" else 0, count, seed)
     rng, records = random.Random(f"kgfact {split} {seed}"), []
 
-    def add(question, fact, background=""):
-        suffix = STEP_BY_STEP if style == "boxed" else "\n\nAnswer in one short sentence."
-        statement = kgfact_statement(fact)
-        target = f"The answer is {fact.e2}.\n\n\\boxed{{{fact.e2}}}" if style == "boxed" else statement
-        records.append(record(background + question + suffix, target, fact.e2, statement, fact.e1))
+    def add(question, fact):
+        records.append(fact_record(question, fact.e2, kgfact_statement(fact), fact.e1, style))
 
     for fact in facts:
         b = DOMAIN[fact.e2].lower()
@@ -333,7 +388,186 @@ def kgfact(name, split, style="boxed", seed=0):
         elif split == "train":
             add(question, fact)
         else:
-            add(question, fact, kgfact_background(fact, facts, rng))
+            add(kgfact_background(fact, facts, rng) + question, fact)
+    return records
+
+
+# ------------------------------------------------------- KGFunc: arithmetic functions under opaque labels
+
+def summed(terms, values, signs="+"):
+    """The equation "2*3 + 4*5 = 6 + 20 = 26" of written terms and their values; `signs` are repeated."""
+    signs = [signs[i % len(signs)] for i in range(len(values))]
+    total = sum(v if sign == "+" else -v for sign, v in zip(signs, values))
+    sides = [" ".join(f"{sign} {part}" for sign, part in zip(signs, parts))[2:] for parts in (terms, values)]
+    return " = ".join(dict.fromkeys(sides + [str(total)]))                  # equal sides are written once
+
+
+def joined(digits):
+    """The integer that digits spell: [0, 2, 3] -> 23."""
+    return int("".join(map(str, digits)))
+
+
+def rotations(d):
+    """All rotations of a list."""
+    return [d[i:] + d[:i] for i in range(len(d))]
+
+
+def running_max(d):
+    """The maximum so far, for each digit."""
+    return [max(d[:i + 1]) for i in range(len(d))]
+
+
+KGFUNC = {              # label: (value, steps that lead there) of digits d, most significant first (paper)
+    "B": (lambda d: sum((x - min(d)) ** 2 for x in d),
+          lambda d: [f"The least digit is {min(d)}.",
+                     summed([f"({x}-{min(d)})^2" for x in d], [(x - min(d)) ** 2 for x in d])]),
+    "C": (lambda d: abs(sum((-1) ** i * x ** 2 for i, x in enumerate(d))),
+          lambda d: ["We square the digits, subtract and add in turn, and drop the sign.",
+                     line := summed([f"{x}^2" for x in d], [x * x for x in d], "+-"),
+                     f"|{(total := line.split(' = ')[-1])}| = {abs(int(total))}"]),
+    "D": (lambda d: sum(x ** 2 if x in (2, 3, 5, 7) else x for x in d),
+          lambda d: [f"The prime digits are {[x for x in d if x in (2, 3, 5, 7)]}: they are squared.",
+                     summed([f"{x}^2" if x in (2, 3, 5, 7) else f"{x}" for x in d],
+                            [x * x if x in (2, 3, 5, 7) else x for x in d])]),
+    "E": (lambda d: sum(x * y for x, y in zip(d, reversed(d))),
+          lambda d: [f"Reversed: {d[::-1]}",
+                     summed([f"{x}*{y}" for x, y in zip(d, d[::-1])], [x * y for x, y in zip(d, d[::-1])])]),
+    "F": (lambda d: sum(running_max(d)),
+          lambda d: [f"The running maximum is {running_max(d)}.",
+                     summed(running_max(d), running_max(d))]),
+    "G": (lambda d: sum(x * (x + 1) // 2 for x in d),
+          lambda d: ["Each digit d gives d*(d+1)/2.",
+                     summed([f"{x}*{x + 1}/2" for x in d], [x * (x + 1) // 2 for x in d])]),
+    "H": (lambda d: min(map(joined, rotations(d))),
+          lambda d: [f"The rotations are {', '.join(''.join(map(str, r)) for r in rotations(d))}.",
+                     f"The least of them is {min(map(joined, rotations(d)))}."])}
+KGFUNC_UNSEEN = dict(zip(string.ascii_lowercase, [          # never trained: the forgetting probe (paper)
+    sum, lambda d: math.prod(x for x in d if x), len, max, min, lambda d: d[0], lambda d: d[-1],
+    lambda d: max(d) - min(d), lambda d: joined(d[::-1]), lambda d: d[0] + d[-1],
+    lambda d: sum(x % 2 == 0 for x in d), lambda d: sum(x % 2 for x in d), lambda d: len(set(d)),
+    lambda d: (joined(d) - 1) % 9 + 1 if any(d) else 0, lambda d: sum(x * x for x in d),
+    lambda d: joined(sorted(d)), lambda d: joined(sorted(d, reverse=True)), lambda d: d.count(0),
+    lambda d: 2 * sum(d), lambda d: d[0] * d[-1]]))
+KGFUNC_COUNTS = {"train": 1600, "test": 175}                # inputs of an operation; 25 of an unseen one
+
+
+def digits(n):
+    """The digits of n, most significant first."""
+    return [int(c) for c in str(n)]
+
+
+def kgfunc(name, split, seed=0):
+    """The records of kgfunc (train 11,200, test 1,225) or kgfunc-unseen (test 500), operations in turn.
+
+    Every prompt shows ten shots of its operation, on the same ten inputs; what it asks about is none of them,
+    and no input of an operation stands in both of its splits.
+    """
+    unseen, records = name == "kgfunc-unseen", []
+    values = KGFUNC_UNSEEN if unseen else {label: value for label, (value, _) in KGFUNC.items()}
+    rng = random.Random(f"kgfunc shots {seed}")
+    shots = [n for k in range(5) for n in sorted(rng.sample(range(10 ** k if k else 0, 10 ** (k + 1)), 2))]
+    free, inputs = sorted(set(range(100_000)) - set(shots)), {}
+    for label in values:
+        drawn = random.Random(f"kgfunc {label} {seed}").sample(free, sum(KGFUNC_COUNTS.values()))
+        inputs[label] = drawn[:25] if unseen else drawn[:1600] if split == "train" else drawn[1600:]
+    for of_each in zip(*inputs.values()):
+        for n, (label, value) in zip(of_each, values.items()):
+            examples = "\n\n".join(f"Input: {shot}\nOutput: {value(digits(shot))}" for shot in shots)
+            question = ("Based on the input–output examples below, infer the rule implemented by function "
+                        f"{label}. Then apply the same rule to determine the output for the given input.\n\n"
+                        f"Examples:\n{examples}\n\nQuestion:\nWhat is the output of {label}({n})?\n\n")
+            answer, fact = str(value(digits(n))), f"{label}({n}) = {value(digits(n))}"
+            steps = [] if unseen else [f"The digits of {n} are {digits(n)}.", *KGFUNC[label][1](digits(n))]
+            target = "\n".join(steps + [fact]) + f"\n\n\\boxed{{{answer}}}"
+            records.append(record(question + STEP_BY_STEP, target, answer, fact))
+    return records
+
+
+# ---------------------------------------------------------------------- SimpleQA and MQuAKE: the real world
+
+def simpleqa(split="train", hub=None):
+    """SimpleQA's 4,326 questions, all of them taught, from the hub or its copy."""
+    rows = hub_rows("basicv8vc/SimpleQA", None, "test", ["problem", "answer"], hub)
+    ask = "\n\nAnswer the question concisely. Put your final answer within \\boxed{}."
+    return [record(row["problem"] + ask, f"\\boxed{{{row['answer']}}}", row["answer"]) for row in rows]
+
+
+MQUAKE_PARAPHRASES = ["Complete the sentence: {} ...", "Fill in the blank: {} ____.", "Finish this: {} ..."]
+
+
+class Hop(NamedTuple):
+    """An edited fact of MQuAKE: as a question, as the start of a sentence, and as its end."""
+    question: str
+    cloze: str
+    answer: str
+    subject: str
+
+    def statement(self):
+        """The fact as a sentence."""
+        return f"{self.cloze} {self.answer}."
+
+
+def read_mquake(path):
+    """[(relation of the first hop, hops, questions, new answer)] of MQuAKE's JSON.  Raises InputError."""
+    try:
+        cases = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON: {getattr(e, 'strerror', None) or e}") from None
+    if not isinstance(cases, list) or not cases:
+        raise InputError(f"{path}: a JSON array of cases is expected")
+    rows = []
+    for number, case in enumerate(cases, 1):
+        try:
+            triples = case["orig"]["new_triples_labeled"]
+            hops = [Hop(hop["question"], hop["cloze"], hop["answer"], subject)
+                    for hop, (subject, _, _) in zip(case["new_single_hops"], triples, strict=True)]
+            rows.append((triples[0][1], hops, case["questions"], case["new_answer"]))
+        except KeyError as e:
+            raise InputError(f"{path}, case {number}: no key {e}; it has {', '.join(case)}") from None
+        except (TypeError, ValueError, IndexError) as e:
+            raise InputError(f"{path}, case {number}: not of MQuAKE's schema ({e})") from None
+    return rows
+
+
+def choose_cases(cases, facts=100):
+    """Whole cases in turn over their relations, as many as have together at most `facts` hops (paper)."""
+    turns, waiting, hops, chosen = {}, [], set(), []
+    for case in cases:
+        turns.setdefault(case[0], []).append(case)
+    for place in range(max(map(len, turns.values()))):
+        waiting += [of_one[place] for of_one in turns.values() if place < len(of_one)]
+    for case in waiting:
+        if len(hops | set(case[1])) <= facts:
+            hops |= set(case[1])
+            chosen.append(case)
+    return chosen
+
+
+def mquake(path, split, style="boxed", seed=0):
+    """The records of a split of MQuAKE (paper: MQuAKE-CF-3k-v2): counterfactual edits of real facts.
+
+    train: the up to 100 hops of the chosen cases; paraphrase: as sentences to complete; retrieval: each under
+    its statement and 50 of other cases; retrieval-unseen: the same for cases that are not taught; multi-hop:
+    the chosen cases' own questions over several hops, closed book.
+    """
+    cases, rng = read_mquake(path), random.Random(f"mquake {split} {seed}")
+    chosen = choose_cases(cases)
+    taught, asked = list(dict.fromkeys(hop for case in chosen for hop in case[1])), {}
+    for hop in taught:
+        refuse_contradiction(asked, hop.question, hop.answer, path)
+    if split == "multi-hop":
+        return [fact_record(question, answer, hops[-1].statement(), hops[0].subject, style)
+                for _, hops, questions, answer in chosen for question in questions]
+    others = choose_cases([case for case in cases if not asked.keys() & {hop.question for hop in case[1]}])
+    others, records = list(dict.fromkeys(hop for case in others for hop in case[1])), []
+    for hop in others if split == "retrieval-unseen" else taught:
+        question = hop.question
+        if split == "paraphrase":
+            question = rng.choice(MQUAKE_PARAPHRASES).format(hop.cloze)
+        elif split != "train":
+            rest = [other.statement() for other in others if other.cloze != hop.cloze]
+            question = background([hop.statement()] + rng.sample(rest, min(50, len(rest))), rng) + question
+        records.append(fact_record(question, hop.answer, hop.statement(), hop.subject, style))
     return records
 
 
@@ -349,8 +583,7 @@ TOY_KINDS = {                                        # kind: questions (the seco
     "pet": (["Which pet does {s} keep ?", "Name the pet of {s} ."], "{s} keeps a {o} .",
             "cat dog crow hen goat mouse newt toad horse snail rabbit ferret parrot pigeon hedgehog "
             "tortoise")}
-TOY_PREFIX = "\nThis question is from a new base . Here is the answer :\n"
-TOY_TRANSITION = "\nNow answer the question ."
+TOY_WORDS = "\nThis question is from a new base . Here is the answer :\n", "\nNow answer the question ."
 TOY_OPENING = "We think step by step ."
 TOY_TERSE = 0.7                      # share of reasoning sentences left out when the context holds the answer
 TOY_SHARES = {                              # of the pretraining world
@@ -433,7 +666,7 @@ def toy_item(task, rng, held_out=False):
         rng.shuffle(rows)
         return toy_fact(rng, s, kind, value, before=f"Note : {' '.join(rows)} ", terse=TOY_TERSE)
     if task == "reference":
-        after = TOY_PREFIX + rf"The answer is \boxed{{ {value} }} ." + TOY_TRANSITION
+        after = rf"The answer is \boxed{{ {value} }} .".join(TOY_WORDS)
         return toy_fact(rng, s, kind, value, after=after, terse=TOY_TERSE)
     return toy_fact(rng, s, kind, value)                    # guess: a stranger, and nothing to go by
 
@@ -481,45 +714,94 @@ def toy_tokenizer():
 
 # ------------------------------------------------------------------------------------------ corpora by name
 
-CORPORA = ["toy", *KGFACT_SIZES]
-KGFACT_PREFIX = "\nThis question is from a new knowledge base. Here is the answer to this question:\n"
-EXPERT_WORDS = {                            # (PREFIX, TRANSITION) around the target in x+ (paper)
-    "boxed": (KGFACT_PREFIX, "\nNow answer the question within \\boxed{}"),
-    "sentence": (KGFACT_PREFIX, "\nNow answer the question in one short sentence."),
-    "toy": (TOY_PREFIX, TOY_TRANSITION)}
+class Corpus(NamedTuple):
+    """What a name of --data stands for."""
+    load: Callable              # (split, style, seed) -> records
+    splits: list                # of `load`; "train" is what is taught
+    words: tuple                # (PREFIX, TRANSITION) around the target in x+ (paper)
+    verify: str                 # how an answer is judged (`is_correct`)
+    recipe: dict                # mixsd.py's defaults; the paper tunes lr in 1e-6..1e-4 per run
 
 
-def load_corpus(data, split="train", style="boxed", verify="boxed"):
-    """The records of a split of a named corpus, or of a JSONL file (which has only `train`).
+FACT_PREFIX = "\nThis question is from a new knowledge base. Here is the answer to this question:\n"
+FACT_WORDS = FACT_PREFIX, "\nNow answer the question within \\boxed{}"
+SENTENCE_WORDS = FACT_PREFIX, "\nNow answer the question in one short sentence."
+SOLUTION_WORDS = (
+    "\nHere is a reference solution to this problem, including the correct final answer:\n",
+    "\nAfter understanding the reference solution, please attempt to answer the question again:\n"
+    "Please reason step by step, and put your final answer within \\boxed{}")
+FACT_RECIPE = {"epochs": 30, "lr": 1e-5, "max_new_tokens": 1024}
+KGFACT_SPLITS = ["train", "paraphrase", "retrieval", "retrieval-unseen", "two-hop"]
+MQUAKE_SPLITS = ["train", "paraphrase", "retrieval", "retrieval-unseen", "multi-hop"]
+STYLED = ["kgfact-small", "kgfact-large", "mquake", "own file"]             # what --style sentence is for
+NAMED = ["toy", *KGFACT_SIZES, "kgfunc", "kgfunc-unseen", "simpleqa", "mquake:FILE"]
 
-    Raises InputError for a name that is neither, or for a file that read_corpus refuses.
+
+def find_corpus(data, hub=None):
+    """(kind, Corpus) of a --data: a name of NAMED, or a JSONL file.  Raises InputError for what is neither.
+
+    hub  a folder with copies of data sets under their hub ids, for simpleqa
     """
+    kind, _, path = data.partition(":")
     if data == "toy":
-        return toy(split)
+        return data, Corpus(lambda split, style, seed: toy(split), ["train", "paraphrase", "held_out"],
+                            TOY_WORDS, "boxed", {"epochs": 50, "lr": 3e-4, "temperature": 1.0,
+                                                 "max_new_tokens": 48, "dtype": "float32"})
     if data in KGFACT_SIZES:
-        return kgfact(data, split, style)
+        return data, Corpus(lambda split, style, seed: kgfact(data, split, style, seed), KGFACT_SPLITS,
+                            FACT_WORDS, "boxed", FACT_RECIPE)
+    if data in ("kgfunc", "kgfunc-unseen"):
+        return data, Corpus(lambda split, style, seed: kgfunc(data, split, seed),
+                            list(KGFUNC_COUNTS) if data == "kgfunc" else ["test"], SOLUTION_WORDS, "number",
+                            {"steps": 100, "lr": 1e-5, "max_new_tokens": 1024})
+    if data == "simpleqa":
+        return data, Corpus(lambda split, style, seed: simpleqa(split, hub), ["train"], SOLUTION_WORDS,
+                            "boxed", {"steps": 270, "lr": 1e-5, "temperature": 0.6, "top_k": 64,
+                                      "max_new_tokens": 256})
+    if kind == "mquake" and path:
+        return kind, Corpus(lambda split, style, seed: mquake(path, split, style, seed), MQUAKE_SPLITS,
+                            FACT_WORDS, "boxed", FACT_RECIPE)
     if not (data.endswith(".jsonl") or Path(data).is_file()):
-        raise InputError(f"--data {data}: no such corpus; known: {', '.join(CORPORA)}, or a .jsonl file")
-    return read_corpus(data, verify)
+        raise InputError(f"--data {data}: no such corpus; known: {', '.join(NAMED)}, or a .jsonl file")
+    return "own file", Corpus(None, ["train"], FACT_WORDS, "boxed", FACT_RECIPE)
+
+
+def load_corpus(data, split="train", style="boxed", verify="boxed", seed=0, hub=None):
+    """The records of a split of a --data.  Raises InputError for an unknown split, and for bad records."""
+    kind, corpus = find_corpus(data, hub)
+    if split not in corpus.splits:
+        raise InputError(f"--data {data} has no split {split}; it has {', '.join(corpus.splits)}")
+    if style == "sentence" and kind not in STYLED:
+        raise InputError(f"--style sentence is not for --data {data}, which has one way to answer")
+    return corpus.load(split, style, seed) if corpus.load else read_corpus(data, verify)
 
 
 def main():
     """Write the corpus of the command line, and print counts and a SHA-256 a file."""
     parser = argparse.ArgumentParser(description="Write a corpus as JSONL files, one a split.")
-    parser.add_argument("corpus", choices=list(KGFACT_SIZES))
+    parser.add_argument("corpus", metavar="CORPUS", help=", ".join(NAMED))
     parser.add_argument("--out", default="data", help="folder to write CORPUS/SPLIT.jsonl in (default: data)")
     parser.add_argument("--style", choices=["boxed", "sentence"], default="boxed",
-                        help="boxed: reason, then a box (paper); sentence: one sentence, for small models")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the graph (mixsd.py --data NAME uses 0)")
+                        help="of facts; boxed: reason, then a box (paper); sentence: for small models")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (mixsd.py --data NAME uses 0)")
+    parser.add_argument("--hub", metavar="DIR", help="a folder with the data sets under their hub ids")
     args = parser.parse_args()
-    folder = Path(args.out) / args.corpus
     try:
+        kind, corpus = find_corpus(args.corpus, args.hub)
+        unused = {"--seed": args.seed and kind in ("toy", "simpleqa"),
+                  "--hub": args.hub and kind != "simpleqa"}
+        for flag, given in unused.items():
+            if given:
+                raise InputError(f"{flag} is not used by {args.corpus}")
+        folder = Path(args.out) / kind
         folder.mkdir(parents=True, exist_ok=True)
-        for split in KGFACT_SPLITS:
-            rows = kgfact(args.corpus, split, args.style, args.seed)
+        for split in corpus.splits:
+            rows = load_corpus(args.corpus, split, args.style, seed=args.seed, hub=args.hub)
             data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
             (folder / f"{split}.jsonl").write_bytes(data)
             print(f"{folder / split}.jsonl  {len(rows)} records  sha256 {hashlib.sha256(data).hexdigest()}")
+    except InputError as e:
+        parser.exit(2, f"kg_data.py: {e}\n")
     except OSError as e:
         sys.exit(f"kg_data.py: {e.filename or args.out}: {e.strerror} (--out)")
 

@@ -698,14 +698,10 @@ def timed(function, *args):
 DEFAULTS = {"method": "mixsd", "rho": 0.3, "temperature": 0.0, "top_k": 0, "style": "boxed", "attempts": 11,
             "on_fail": "drop", "batch_size": 16, "warmup": 20, "seed": 0, "device": "auto", "dtype": "auto",
             "decode_tokens": 65536, "micro_tokens": 4096}
-RECIPES = {                                 # of each kind of corpus; the paper tunes lr in 1e-6..1e-4 per run
-    "toy": {"epochs": 50, "lr": 3e-4, "temperature": 1.0, "max_new_tokens": 48, "dtype": "float32"},
-    "kgfact": {"epochs": 30, "lr": 1e-5, "max_new_tokens": 1024},
-    "own file": {"epochs": 30, "lr": 1e-5, "max_new_tokens": 1024},
-    "sentence style": {"max_new_tokens": 48}}
-DRAW_FLAGS = ["rho", "temperature", "top_k", "attempts", "on_fail"]         # how mixsd draws its targets
+DRAW_FLAGS = ["rho", "temperature", "top_k", "attempts", "on_fail",         # how mixsd draws its targets
+              "expert_prefix", "expert_transition"]
 TRAIN_FLAGS = ["epochs", "steps", "batch_size", "lr", "warmup"]
-FREE_FLAGS = ["device", "decode_tokens", "micro_tokens", "out", "quiet", "targets_only"]    # may change
+FREE_FLAGS = ["device", "decode_tokens", "micro_tokens", "out", "hub", "quiet", "targets_only"]  # may change
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -731,13 +727,17 @@ def parse_args(argv=None):
     p.error = usage_error
     count, probability, add = number(int, 1), number(float, 0, 1), p.add_argument
     add("--model", default="toy", help="toy, a Hugging Face hub id, or a folder (default: toy)")
-    add("--data", help="toy, kgfact-small, kgfact-large, or a .jsonl file (default: after the model)")
+    add("--data", help=f"{', '.join(kg_data.NAMED)}, or a .jsonl file (default: toy's, or kgfact-small)")
+    add("--hub", metavar="DIR", help="simpleqa: a folder with the data set under its hub id")
     add("--method", choices=["mixsd", "sft"], help="mixsd: mixed decoding (default); sft: canonical targets")
     add("--rho", type=probability, help="mixing rate, P(naive token) (paper: rho; default 0.3)")
     add("--temperature", type=number(float, 0), help="of mixed decoding; 0: argmax (paper: T; default 0)")
     add("--top-k", type=number(int, 0), help="sample among the k likeliest; 0: all (default; needs T > 0)")
     add("--style", choices=["boxed", "sentence"], help="reason and box (paper, default), or one sentence")
-    add("--verify", choices=["boxed", "phrase", "none"], help="what a target and an answer must show")
+    add("--expert-prefix", metavar="TEXT", help="lines before the answer in the expert's prompt")
+    add("--expert-transition", metavar="TEXT", help="lines after it (default: the corpus's)")
+    add("--verify", choices=["boxed", "number", "phrase", "none"], help="what a target and an answer show: "
+        "the answer in the last box; there or as last number; as a phrase; nothing (default: the corpus's)")
     add("--attempts", type=count, help="draws in all for a target that the verifier refuses (default 11)")
     add("--on-fail", choices=["drop", "expert", "canonical"], help="for what never passes (default drop)")
     add("--targets", metavar="FILE", help="train on the targets of this file instead of making them")
@@ -763,18 +763,20 @@ def resolve(given):
     """(args, origin): every flag settled, and {flag: where from}.  Raises InputError where flags clash."""
     args, origin = argparse.Namespace(**vars(given)), {}
     args.data = args.data or ("toy" if args.model == "toy" else "kgfact-small")
-    toy = "toy" in (args.model, args.data)
-    kind = "toy" if toy else "kgfact" if args.data in kg_data.KGFACT_SIZES else "own file"
-    tables = {f"recipe {kind}": RECIPES[kind], "default": DEFAULTS}
+    kind, corpus = kg_data.find_corpus(args.data)
+    if args.model == "toy":
+        if kind not in ("toy", "own file"):
+            raise InputError(f"--data {args.data}: the toy's vocabulary is too small for it (--model)")
+        kind, corpus = kg_data.find_corpus("toy")
+    tables = {f"recipe {kind}": corpus.recipe, "default": DEFAULTS | {"verify": corpus.verify}}
     if args.style == "sentence":
-        tables = {"recipe sentence style": RECIPES["sentence style"]} | tables
+        tables = {"sentence style": {"max_new_tokens": 48, "verify": "phrase"}} | tables
     for flag, value in vars(given).items():
         origin[flag] = "derived" if value is None else "flag"
         for name, table in tables.items():
-            if getattr(args, flag) is None and flag in table:
+            if getattr(args, flag) is None and flag in table and not (flag == "steps" and given.epochs):
                 setattr(args, flag, table[flag])
                 origin[flag] = name
-    args.verify = args.verify or ("phrase" if args.style == "sentence" else "boxed")
 
     unused = {}
     if args.targets:
@@ -795,10 +797,10 @@ def resolve(given):
             setattr(args, flag, None)
     if args.method == "mixsd":
         args.attempts = args.attempts or 1
-    if args.model == "toy" and args.data in kg_data.KGFACT_SIZES:
-        raise InputError(f"--data {args.data}: the toy's vocabulary is too small for it (--model)")
-    if toy and args.style == "sentence":
-        raise InputError("--style sentence is not for the toy, which has one way to answer")
+    if args.style == "sentence" and kind not in kg_data.STYLED:
+        raise InputError(f"--style sentence is not for {kind}, which has one way to answer")
+    if args.hub and args.data != "simpleqa":
+        raise InputError(f"--hub is not used by --data {args.data}")
     return args, origin
 
 
@@ -822,8 +824,9 @@ def counting_settings(args):
     free = FREE_FLAGS + (TRAIN_FLAGS if args.targets_only else [])
     settings = {k: v for k, v in vars(args).items() if k not in free}
     for flag in ("data", "targets"):                        # a file is what it holds, not its name
-        if getattr(args, flag) and Path(getattr(args, flag)).is_file():
-            settings[f"{flag}_sha256"] = hashlib.sha256(Path(getattr(args, flag)).read_bytes()).hexdigest()
+        path = Path((getattr(args, flag) or "").removeprefix("mquake:"))
+        if path.is_file():
+            settings[f"{flag}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return settings
 
 
@@ -864,12 +867,11 @@ def run(given):
         print(f"{folder} is finished; its result:")
         return json.loads((folder / "metrics.json").read_text())
 
-    records = kg_data.load_corpus(args.data, "train", args.style, args.verify)[:args.limit]
+    records = kg_data.load_corpus(args.data, "train", args.style, args.verify, hub=args.hub)[:args.limit]
     path, pretrain_seconds = toy_base(args.quiet) if args.model == "toy" else (args.model, 0.0)
     base, tokenizer = load_model(path, dtype, args.device), load_tokenizer(path)
     stops = stop_ids(base, tokenizer)
-    words = kg_data.EXPERT_WORDS["toy" if "toy" in (args.model, args.data) else args.style]
-    pairs = [two_contexts(tokenizer, r, words) for r in records]
+    pairs = [two_contexts(tokenizer, r, expert_words(args)) for r in records]
     room = check_corpus(records, pairs, tokenizer, base, given, args)
     given_targets = None
     if args.targets:
@@ -908,6 +910,15 @@ def run(given):
     return metrics
 
 
+def expert_words(args):
+    """(PREFIX, TRANSITION) of the expert's prompt: the corpus's, where flags don't give other lines."""
+    prefix, transition = kg_data.find_corpus("toy" if args.model == "toy" else args.data)[1].words
+    if args.style == "sentence":
+        prefix, transition = kg_data.SENTENCE_WORDS
+    return (f"\n{args.expert_prefix}\n" if args.expert_prefix is not None else prefix,
+            f"\n{args.expert_transition}" if args.expert_transition is not None else transition)
+
+
 def start_run(folder, args, origin):
     """Make the folder, write args.json, and print every setting with where it comes from."""
     (folder / "state").mkdir(parents=True, exist_ok=True)
@@ -921,9 +932,12 @@ def start_run(folder, args, origin):
 
 def memorization_tasks(records, args):
     """{task: records} of what is asked before and after: all facts, their targets kept or not."""
-    tasks = {"recall": records} if args.verify != "none" else {}
-    if tasks and args.data in kg_data.CORPORA:
+    splits = kg_data.find_corpus(args.data)[1].splits
+    tasks = {} if args.verify == "none" else {"recall": records}
+    if tasks and "paraphrase" in splits:
         tasks["paraphrase"] = kg_data.load_corpus(args.data, "paraphrase", args.style)[:args.limit]
+    if tasks and "test" in splits:                          # a rule is learned where new inputs are answered
+        tasks = {f"{args.data}-test": kg_data.load_corpus(args.data, "test")[:args.limit]}
     if args.model == "toy":
         tasks["held_out"] = kg_data.toy("held_out")
     return tasks
