@@ -625,24 +625,13 @@ def print_scores(ledger):
 
 # --------------------------------------------------------------------------------- why: target NLL and Fisher
 
-def read_examples(path, tokenizer):
-    """[(naive prompt's ids, target ids)] of a targets.jsonl.  Raises InputError where a line has no ids."""
-    examples = []
-    for line, row in kg_data.read_jsonl(path):
-        turns, ids = kg_data.read_record(row, f"{path}, line {line}")["messages"], row.get("target_ids")
-        if not ids or max(ids) >= len(tokenizer):
-            raise InputError(f"{path}, line {line}: no target_ids of the model's; mixsd.py writes them")
-        examples.append((mixsd.chat_ids(tokenizer, turns[0]["content"]), ids))
-    return examples
-
-
 @torch.no_grad()
 def target_nll(args):
     """{"files": {file: {"targets", "tokens", "mean", "above_5", "quantiles"}}} of target files."""
-    model, tokenizer, _ = load_subject(args.model, args, getattr(torch, args.dtype))
+    model, tokenizer, stops = load_subject(args.model, args, getattr(torch, args.dtype))
     files, qs = {}, (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
     for path in args.nll:
-        examples = read_examples(path, tokenizer)
+        examples = mixsd.read_examples(path, tokenizer, stops)
         parts = mixsd.batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, args.micro_tokens)
         nll = torch.cat([mixsd.token_nll(model, mixsd.collate([examples[i] for i in part], 0, model.device))
                          for part in parts]).cpu().double().sort().values       # (N,) nats
@@ -782,7 +771,8 @@ def labels_of(folders, runs):
     settings, labels = [read_json(folder, "args.json") | {"seed": None} for folder in folders], []
     for run, own in zip(runs, settings):
         alike = [s for r, s in zip(runs, settings) if (r["method"], r["rho"]) == (run["method"], run["rho"])]
-        differs = [k for k, v in own.items() if v is not None and any(s.get(k) != v for s in alike)]
+        differs = [k for k, v in own.items() if v is not None and not k.endswith("_sha256")
+                   and any(s.get(k) != v for s in alike)]
         labels.append(", ".join([run["method"]] + [f"{k} {own[k]}" for k in differs]))
     return labels
 
@@ -856,7 +846,7 @@ FLAGS = {           # flag: (who uses it: modes, tasks, or kinds of task; its ar
     "paper": ("generated", SWITCH | {"help": "the paper's: T = 1, AIME 16 samples; in-domain T = 0"}),
     "base": ("tasks fisher", {"metavar": "DIR", "help": "--tasks: the base's OUT; --fisher: the base model"}),
     "base_model": ("drift", {"metavar": "DIR", "help": "the base model, whose answers drift scores"}),
-    "hub": ("hub fisher in-domain", {"metavar": "DIR", "help": "a folder with the data sets under their hub ids"}),
+    "hub": ("hub fisher in-domain", {"metavar": "DIR", "help": "a folder of data sets under their hub ids"}),
     "out": ("tasks fisher report", {"help": "where results go (default: the run's folder, or runs/...)"}),
     "data": ("generated", {"help": "the corpus, of in-domain tasks and of leakage (default: the run's)"}),
     "style": ("in-domain", {"choices": ["boxed", "sentence"], "help": "its prompts (default: the run's)"}),

@@ -23,6 +23,8 @@ Differences from the paper: see README.md.  The corpora and their verifiers are 
 """
 import argparse
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import math
@@ -50,6 +52,7 @@ import kg_data
 from kg_data import InputError
 
 EXPERT, NAIVE = 0, 1                        # the two contexts, in this order everywhere
+OPSD = "opsd", "opsd-nll"                   # the methods whose student writes its own targets as it learns
 
 
 class RunError(RuntimeError):
@@ -206,13 +209,18 @@ class Batch(NamedTuple):
 
 
 def collate(examples, pad_id, device):
-    """A Batch of examples [(prompt ids, target ids)]; what is padding is known by length, never by id."""
+    """A Batch of [(prompt ids, target ids)]; what is padding is known by length, never by id."""
     prompts, prompt_mask = left_pad([prompt for prompt, _ in examples], pad_id)
     T = max(len(target) for _, target in examples)
     targets = torch.tensor([target + [pad_id] * (T - len(target)) for _, target in examples])
     is_target = torch.tensor([[t < len(target) for t in range(T)] for _, target in examples])
     ids, attention = torch.cat([prompts, targets], 1), torch.cat([prompt_mask, is_target.long()], 1)
     return Batch(ids.to(device), attention.to(device), is_target.to(device))
+
+
+def target_labels(batch):
+    """(N,) ids of the batch's target tokens, row by row."""
+    return batch.ids[:, -batch.is_target.shape[1]:][batch.is_target]
 
 
 def target_logits(model, batch):
@@ -224,18 +232,60 @@ def target_logits(model, batch):
     return logits[batch.is_target]
 
 
-def token_nll(model, batch, chunk=256):
+def by_chunks(loss, *tensors, chunk=256):
+    """(N,) loss of tensors with N rows each, in checkpointed chunks of rows.
+
+    Under bfloat16 no float32 tensor of (N, V) exists: a chunk's is made, reduced, and made again backwards.
+    """
+    parts = zip(*(tensor.split(chunk) for tensor in tensors))
+    return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in parts])
+
+
+def nll(logits, labels):
+    """(N,) float32: -log q(label), nats, under logits (N, V)."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def kl(student, teacher, direction="forward", top_k=0):
+    """(N,) float32 KL, nats, of logits (N, V): sum p_T (log p_T - log p_S), or in reverse with T and S swapped.
+
+    top_k  over the teacher's k likeliest tokens alone, both renormalised; 0: over all
+    """
+    if top_k:
+        teacher, tokens = teacher.topk(min(top_k, teacher.shape[-1]))           # (N, k)
+        student = student.gather(-1, tokens)
+    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    p, q = (p, q) if direction == "forward" else (q, p)
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0)                             # rounding may go below 0
+
+
+def token_nll(model, batch):
     """(N,) float32: -log q(y_t | x, y_<t), nats, of each target token, the stop included (paper: the loss).
 
     The caller sums and divides once by the step's N, so that the result does not depend on how a step is cut
-    into micro-batches.  Under bfloat16 no float32 tensor of (N, V) exists: softmax runs in checkpointed
-    chunks.
+    into micro-batches.
     """
-    logits = target_logits(model, batch)
-    labels = batch.ids[:, -batch.is_target.shape[1]:][batch.is_target]          # (N,)
-    nll = lambda a, b: F.cross_entropy(a.float(), b, reduction="none")          # noqa: E731
-    return torch.cat([checkpoint(nll, a, b, use_reentrant=False)
-                      for a, b in zip(logits.split(chunk), labels.split(chunk))])
+    return by_chunks(nll, target_logits(model, batch), target_labels(batch))
+
+
+def guided_loss(student, guide, examples, args, pad_id):
+    """(N,) losses against a frozen guide, the base, that reads the same target tokens (baselines).
+
+    opsd            KL between student and guide                    examples (x, x_plus, y): the guide reads
+    opsd-nll        NLL of the guide's likeliest tokens             x_plus, the student x
+    --kl-to-base b  NLL of y + b x KL from the guide                examples (x, y): both read x
+    """
+    own, guides = (collate([(e[i], e[-1]) for e in examples], pad_id, student.device) for i in (0, -2))
+    logits = target_logits(student, own)                                        # (N, V)
+    with torch.no_grad():
+        reference = target_logits(guide, guides)                                # (N, V)
+    if args.method == "opsd-nll":
+        return by_chunks(nll, logits, reference.argmax(-1))
+    divergence = functools.partial(kl, direction=args.kl, top_k=args.teacher_top_k or 0)
+    if args.method == "opsd":
+        return by_chunks(divergence, logits, reference)
+    return by_chunks(nll, logits, target_labels(own)) + args.kl_to_base * by_chunks(divergence, logits,
+                                                                                    reference)
 
 
 @torch.no_grad()
@@ -243,8 +293,8 @@ def mean_nll(model, examples, pad_id, micro_tokens):
     """Mean nats/token of each example under `model`, in the order given."""
     means = [0.0] * len(examples)
     for part in batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, micro_tokens):
-        nll = token_nll(model, collate([examples[i] for i in part], pad_id, model.device))
-        for i, of_one in zip(part, nll.split([len(examples[i][1]) for i in part])):
+        losses = token_nll(model, collate([examples[i] for i in part], pad_id, model.device))
+        for i, of_one in zip(part, losses.split([len(examples[i][1]) for i in part])):
             means[i] = of_one.mean().item()
     return means
 
@@ -266,7 +316,7 @@ def written_ids(tokenizer, text, stops):
     return token_ids(tokenizer, text) + stops[:1]
 
 
-def make_targets(model, tokenizer, records, pairs, stops, args, folder):
+def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
     """The targets of a run, one dict a kept record in id order; also in folder/targets.jsonl (see README).
 
     Rounds of drawing: every example not kept yet is decoded with the fresh coins of its next attempt; it is
@@ -274,8 +324,10 @@ def make_targets(model, tokenizer, records, pairs, stops, args, folder):
     expert speak alone (verified too), or take the canonical target.  Finished batches are appended to the
     file, and to state/draws.jsonl, from which a restart goes on.
 
-    pairs  the records' (expert ids, naive ids)
+    pairs   the records' (expert ids, naive ids)
+    taught  the ids of those to make targets of
     Returns (targets, draws), draws being the lines of state/draws.jsonl, a dict a batch.
+    Raises RunError where no target passed.
     """
     path, journal = folder / "targets.jsonl", folder / "state" / "draws.jsonl"
     draws = read_draws(path, journal)
@@ -286,19 +338,19 @@ def make_targets(model, tokenizer, records, pairs, stops, args, folder):
         rounds.append((args.attempts if args.method == "mixsd" else 0, None))
 
     kept = {i for d in draws for i in d["kept"]}
-    bar = tqdm(total=len(records), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
+    bar = tqdm(total=len(taught), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
     with open(path, "ab") as targets, open(journal, "a") as log:
         for attempt, rho in rounds:
             done = {i for d in draws if d["attempt"] == attempt for i in d["ids"]}
             new = 0 if rho is None else args.max_new_tokens
-            widths = {i: (max(map(len, pairs[i])), new) for i in range(len(records)) if i not in kept | done}
+            widths = {i: (max(map(len, pairs[i])), new) for i in taught if i not in kept | done}
             for ids in batches(widths, args.decode_tokens, C=2):
                 start = time.time()
                 answers = draw_batch(model, tokenizer, records, pairs, ids, attempt, rho, stops, args)
                 good = {i: a for i, a in answers.items() if a["ok"]}
                 examples = [(pairs[i][NAIVE], a["ids"]) for i, a in good.items()]
-                nll = mean_nll(model, examples, stops[0], args.micro_tokens)
-                for (i, a), mean in zip(good.items(), nll):
+                means = mean_nll(model, examples, stops[0], args.micro_tokens)
+                for (i, a), mean in zip(good.items(), means):
                     targets.write(target_line(records[i], i, a, attempt, mean, tokenizer))
                 targets.flush()
                 decoded = sum(len(a["ids"]) for a in answers.values()) if rho is not None else 0
@@ -313,6 +365,10 @@ def make_targets(model, tokenizer, records, pairs, stops, args, folder):
     bar.close()
     lines = sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
     write_atomically(path, b"".join(lines))
+    if not lines:
+        said = [repr(text) for d in draws for text in d["said"]][:3]
+        raise RunError(f"no target passed --verify {args.verify} in {args.attempts} attempts (see --style, "
+                       f"--on-fail); the model said {', '.join(said)}")
     return [json.loads(line) for line in lines], draws
 
 
@@ -356,28 +412,48 @@ def read_draws(path, journal):
 def read_targets(path, records, pairs, base, tokenizer, stops, args):
     """The targets of somebody's file, by ids where they are there.  Raises InputError if they don't fit."""
     position, targets = {r["messages"][0]["content"]: i for i, r in enumerate(records)}, []
-    for line, row in kg_data.read_jsonl(path):
-        where, row = f"{path}, line {line}", kg_data.read_record(row, f"{path}, line {line}")
-        question, text = (turn["content"] for turn in row["messages"])
+    for where, row, ids in target_rows(path, tokenizer, stops):
+        question = row["messages"][0]["content"]
         if question not in position:
             raise InputError(f"{where}: not a question of {args.data}: another corpus's (--data, --limit)")
-        ids = row.get("target_ids", written_ids(tokenizer, text, stops))
-        if ("target_ids" in row and not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
-                or ids[-1] not in stops or "target_ids" in row and text_of(tokenizer, ids) != text):
-            raise InputError(f"{where}: target_ids are not its text's: another tokenizer's (--model)")
         source = row.get("source") if "target_ids" in row else None
         targets.append({"attempt": 0} | row | {"id": position[question], "target_ids": ids, "source": source})
     targets.sort(key=lambda t: t["id"])
     examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
-    nll = mean_nll(base, examples, stops[0], args.micro_tokens)
-    return [t | {"nll": mean} for t, mean in zip(targets, nll)]
+    means = mean_nll(base, examples, stops[0], args.micro_tokens)
+    return [t | {"nll": mean} for t, mean in zip(targets, means)]
+
+
+def target_rows(path, tokenizer, stops):
+    """[(file and line, row, target ids)] of a targets file, by ids where they are there, else by text."""
+    rows = []
+    for line, row in kg_data.read_jsonl(path):
+        where = f"{path}, line {line}"
+        row = kg_data.read_record(row, where)
+        text, ids = row["messages"][1]["content"], row.get("target_ids")
+        if ids is None:
+            ids = written_ids(tokenizer, text, stops)
+        elif (not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
+                or ids[-1:] not in [[stop] for stop in stops] or text_of(tokenizer, ids) != text):
+            raise InputError(f"{where}: target_ids are not its text's: another tokenizer's (--model)")
+        rows.append((where, row, ids))
+    return rows
+
+
+def read_examples(path, tokenizer, stops):
+    """[(naive prompt's ids, target ids)] of a targets file.  Raises InputError with file and line."""
+    return [(chat_ids(tokenizer, row["messages"][0]["content"]), ids)
+            for _, row, ids in target_rows(path, tokenizer, stops)]
 
 
 def show(tokenizer, pair, target):
     """Print both prompts of an example and its target, the naive tokens marked: the algorithm at a glance."""
+    written = target["target_ids"] and not target["source"]                     # then there is no expert
     for name, ids in zip(("expert", "naive"), pair):
-        if target["source"] or name == "naive":             # a target that was written has no expert
+        if name == "naive" or not written:
             print(f"--- the {name} reads\n{tokenizer.decode(ids)}")
+    if not target["target_ids"]:                            # OPSD: the student will write it
+        return
     ids, source = target["target_ids"], target["source"] or [EXPERT] * len(target["target_ids"])
     left, right = ("\033[93m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     print("--- the target" + (f", the naive's tokens {left}marked{right}" if target["source"] else ""))
@@ -448,16 +524,17 @@ def signals_held():
         handlers[held[0][0]](*held[0])
 
 
-def update(model, optimizer, examples, lr, pad_id, micro_tokens, dtype):
-    """One optimizer step on the examples [(prompt ids, target ids)]; returns (nll, gradient norm, N).
+def update(model, optimizer, examples, lr, token_loss, micro_tokens, dtype):
+    """One optimizer step on the examples (prompts..., target ids); returns (loss, gradient norm, N).
 
-    nll is the mean over the step's N target tokens, before the update: what was differentiated.
+    The loss is the mean over the step's N target tokens, before the update: what was differentiated.
     Raises FloatingPointError, with the weights untouched, where the gradient is not finite.
     """
-    N, total = sum(len(target) for _, target in examples), 0.0
+    N, total = sum(len(target) for *_, target in examples), 0.0
+    widths = {i: (max(map(len, prompts)), len(target)) for i, (*prompts, target) in enumerate(examples)}
     with torch.autocast(model.device.type, torch.bfloat16, dtype == torch.bfloat16):    # casts weights once
-        for part in batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, micro_tokens):
-            loss = token_nll(model, collate([examples[i] for i in part], pad_id, model.device)).sum() / N
+        for part in batches(widths, micro_tokens):
+            loss = token_loss(model, [examples[i] for i in part]).sum() / N
             loss.backward()
             total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
@@ -470,42 +547,82 @@ def update(model, optimizer, examples, lr, pad_id, micro_tokens, dtype):
     return total, norm, N
 
 
-def train(model, examples, settings, dtype, pad_id, folder=None, desc="training", decay=False):
-    """Fine-tune `model`, in place, by NLL on examples [(prompt ids, target ids)] (paper: training).
+def rollouts(student, actor, tokenizer, stops, pairs, ids, step, args):
+    """[(x, x_plus, y)] of the examples `ids`: y is what the student itself says to x now (OPSD: on-policy).
 
-    settings  needs steps, batch_size, lr, warmup, seed, micro_tokens, quiet
-    dtype     of the forward and backward pass under autocast; weights and optimizer are float32
-    folder    where log.jsonl grows, a line a step, and state/ is kept; a killed run goes on from it, bit for
-              bit the same in float32 on a CPU.  None keeps nothing.
+    opsd: args.rollouts samples at T = 1, a function of (seed, example, rollout, step) and the weights;
+    opsd-nll: one greedy answer.  One that finds no end is cut, and used as it is.
+
+    actor  a model of the compute dtype that takes the student's weights: autocast would cast them each token
+    """
+    actor.load_state_dict(student.state_dict())
+    prompts = {(i, r): pairs[i][NAIVE] for i in ids for r in range(args.rollouts or 1)}
+    said = complete(actor, tokenizer, stops, prompts, args, 1.0 if args.method == "opsd" else 0.0, step)
+    y = {key: answer for key, answer, _, _ in said}
+    return [(x, pairs[i][EXPERT], y[i, r]) for (i, r), x in prompts.items()]
+
+
+def with_replay(examples, old, share, seed, step):
+    """The step's examples with as many of `old` added at random as make up `share` of all."""
+    count = round(len(examples) * share / (1 - share))
+    return examples + random.Random(f"replay seed {seed} step {step}").choices(old, k=count)
+
+
+def objective(student, base, tokenizer, stops, pairs, taught, targets, old, args):
+    """(n, draw, token_loss) for `train`: methods differ in which targets a step has, and in which loss."""
+    pad_id = stops[0]
+    if args.method in OPSD:
+        n, actor = len(taught), copy.deepcopy(base)
+        draw = lambda ids, step: rollouts(student, actor, tokenizer, stops, pairs,         # noqa: E731
+                                          [taught[i] for i in ids], step, args)
+    else:
+        n, examples = len(targets), [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
+        draw = lambda ids, step: with_replay([examples[i] for i in ids], old,               # noqa: E731
+                                             args.replay_share or 0, args.seed, step)
+    if args.method in OPSD or args.kl_to_base:
+        return n, draw, lambda model, part: guided_loss(model, base, part, args, pad_id)
+    return n, draw, lambda model, part: token_nll(model, collate(part, pad_id, model.device))
+
+
+def train(model, n, draw, token_loss, settings, dtype, folder=None, desc="training", decay=False):
+    """Fine-tune `model`, in place, on `n` examples in batches (paper: training).
+
+    draw        (ids in [0, n), step) -> the step's examples, (prompt ids, target ids) or with more prompts
+    token_loss  (model, examples) -> (N,) losses of their target tokens
+    settings    needs steps, batch_size, lr, warmup, seed, micro_tokens, quiet
+    dtype       of the forward and backward pass under autocast; weights and optimizer are float32
+    folder      where log.jsonl grows, a line a step, and state/ is kept; a killed run goes on from it, bit
+                for bit the same in float32 on a CPU.  None keeps nothing.
     Raises RunError with the step and the examples where the loss or the gradient is not finite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), eps=1e-8,
                                   weight_decay=0.01, fused=True)
     done = load_state(folder, model, optimizer) if folder else 0
     log = cut_log(folder / "log.jsonl", done) if folder else None
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    per_epoch = math.ceil(n / settings.batch_size)
     resumed, saved_at, save_cost = done, time.time(), 0.0
     bar = tqdm(total=settings.steps, initial=done, desc=desc, unit="step", disable=settings.quiet)
     try:
         for step in range(done + 1, settings.steps + 1):
             start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
-            order = epoch_order(len(examples), settings.seed, epoch)
+            order = epoch_order(n, settings.seed, epoch)
             ids = order[at * settings.batch_size:(at + 1) * settings.batch_size]
+            examples = draw(ids, step)
             lr = learning_rate(step, settings.lr, settings.warmup, settings.steps if decay else None)
             with signals_held():
                 try:
-                    nll, norm, N = update(model, optimizer, [examples[i] for i in ids], lr, pad_id,
-                                          settings.micro_tokens, dtype)
+                    loss, norm, N = update(model, optimizer, examples, lr, token_loss,
+                                           settings.micro_tokens, dtype)
                 except FloatingPointError as e:
                     raise RunError(f"step {step}, examples {ids}: {e}; step {done} is kept") from None
                 done, seconds = step, time.time() - start
                 if log:
-                    row = {"step": step, "epoch": epoch, "nll": nll, "tokens": N, "lr": lr, "grad_norm": norm,
-                           "seconds": seconds, "tok_s": N / seconds, "mem_gib": peak_gib()}
+                    row = {"step": step, "epoch": epoch, "nll": loss, "tokens": N, "lr": lr,
+                           "grad_norm": norm, "seconds": seconds, "tok_s": N / seconds, "mem_gib": peak_gib()}
                     log.write(json.dumps(row) + "\n")
             bar.update()
             if step % max(1, settings.steps // 10) == 0:
-                tqdm.write(f"{desc}: step {step}/{settings.steps}, {nll:.3f} nats/token, lr {lr:.1e}")
+                tqdm.write(f"{desc}: step {step}/{settings.steps}, {loss:.3f} nats/token, lr {lr:.1e}")
             if log and time.time() - saved_at > 20 * save_cost and step < settings.steps:
                 saving = time.time()                        # being safe may take one part in 20 of the time
                 log.flush()
@@ -597,7 +714,9 @@ def toy_base(quiet=False):
     model = Qwen3ForCausalLM(config)
     examples = [(chat_ids(tokenizer, x), tokenizer(y)["input_ids"] + [end]) for x, y in world]
     settings = argparse.Namespace(**TOY_PRETRAINING, quiet=quiet)
-    train(model, examples, settings, torch.float32, pad, desc="pretraining the toy", decay=True)
+    token_loss = lambda model, part: token_nll(model, collate(part, pad, model.device))     # noqa: E731
+    train(model, len(examples), lambda ids, _: [examples[i] for i in ids], token_loss, settings,
+          torch.float32, desc="pretraining the toy", decay=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -697,10 +816,15 @@ def timed(function, *args):
 
 DEFAULTS = {"method": "mixsd", "rho": 0.3, "temperature": 0.0, "top_k": 0, "style": "boxed", "attempts": 11,
             "on_fail": "drop", "batch_size": 16, "warmup": 20, "seed": 0, "device": "auto", "dtype": "auto",
-            "decode_tokens": 65536, "micro_tokens": 4096}
-DRAW_FLAGS = ["rho", "temperature", "top_k", "attempts", "on_fail",         # how mixsd draws its targets
-              "expert_prefix", "expert_transition"]
-TRAIN_FLAGS = ["epochs", "steps", "batch_size", "lr", "warmup"]
+            "decode_tokens": 65536, "micro_tokens": 4096, "rollouts": 8, "kl": "forward", "teacher_top_k": 0,
+            "replay_share": 0.25}
+EXPERT_FLAGS = ["expert_prefix", "expert_transition"]
+DRAW_FLAGS = ["rho", "temperature", "top_k", "attempts", "on_fail"]         # how mixsd draws its targets
+NLL_FLAGS = ["kl_to_base", "kl", "replay", "replay_share"]                  # what NLL can be joined with
+USES = {"mixsd": DRAW_FLAGS + EXPERT_FLAGS + NLL_FLAGS, "sft": NLL_FLAGS, "targets": NLL_FLAGS,
+        "opsd": EXPERT_FLAGS + ["rollouts", "kl", "teacher_top_k"], "opsd-nll": EXPERT_FLAGS}
+METHOD_FLAGS = {flag for flags in USES.values() for flag in flags}
+TRAIN_FLAGS = ["epochs", "steps", "batch_size", "lr", "warmup"] + NLL_FLAGS
 FREE_FLAGS = ["device", "decode_tokens", "micro_tokens", "out", "hub", "quiet", "targets_only"]  # may change
 
 
@@ -729,7 +853,8 @@ def parse_args(argv=None):
     add("--model", default="toy", help="toy, a Hugging Face hub id, or a folder (default: toy)")
     add("--data", help=f"{', '.join(kg_data.NAMED)}, or a .jsonl file (default: toy's, or kgfact-small)")
     add("--hub", metavar="DIR", help="simpleqa: a folder with the data set under its hub id")
-    add("--method", choices=["mixsd", "sft"], help="mixsd: mixed decoding (default); sft: canonical targets")
+    add("--method", choices=["mixsd", "sft", *OPSD], help="mixsd: mixed decoding (default); sft: canonical "
+        "targets; opsd: KL from the expert on the student's own rollouts; opsd-nll: NLL of its argmax there")
     add("--rho", type=probability, help="mixing rate, P(naive token) (paper: rho; default 0.3)")
     add("--temperature", type=number(float, 0), help="of mixed decoding; 0: argmax (paper: T; default 0)")
     add("--top-k", type=number(int, 0), help="sample among the k likeliest; 0: all (default; needs T > 0)")
@@ -742,6 +867,14 @@ def parse_args(argv=None):
     add("--on-fail", choices=["drop", "expert", "canonical"], help="for what never passes (default drop)")
     add("--targets", metavar="FILE", help="train on the targets of this file instead of making them")
     add("--targets-only", action="store_true", help="stop when the targets are made")
+    add("--only", metavar="FILE", help="teach only the facts that this targets file has; all are asked")
+    add("--rollouts", type=count, help="opsd: samples of the student a prompt and step (default 8)")
+    add("--kl", choices=["forward", "reverse"], help="KL(guide || student) (default), or the other way")
+    add("--teacher-top-k", type=number(int, 0), help="opsd: KL over the teacher's k likeliest (default 0: all)")
+    add("--kl-to-base", type=number(float, 0, above=True), metavar="BETA",
+        help="add BETA x KL from the base on the same tokens to the NLL")
+    add("--replay", metavar="FILE", help="add targets of this file to every batch")
+    add("--replay-share", type=number(float, 0, 0.9, above=True), help="their share of it (default 0.25)")
     add("--max-new-tokens", type=count, help="longest completion, in tokens")
     add("--epochs", type=count, help="passes over the targets")
     add("--steps", type=count, help="optimizer steps; overrides --epochs")
@@ -778,22 +911,12 @@ def resolve(given):
                 setattr(args, flag, table[flag])
                 origin[flag] = name
 
-    unused = {}
     if args.targets:
-        unused = dict.fromkeys(DRAW_FLAGS + ["method"], "with --targets: they are made already")
         args.method = "targets"
-    elif args.method == "sft":
-        unused = dict.fromkeys(DRAW_FLAGS, "by --method sft, whose targets are the corpus's own")
-    elif not args.temperature:
-        unused = {"top_k": "at --temperature 0"}
-        if args.rho in (0, 1):
-            unused["attempts"] = f"at --temperature 0 and --rho {args.rho:g}, where every draw is the same"
-    if args.targets_only:
-        unused |= dict.fromkeys(TRAIN_FLAGS + ["targets"], "with --targets-only")
-    for flag, why in unused.items():
-        if getattr(given, flag) is not None:
+    for flag, why in unused_flags(args).items():
+        if getattr(given, flag) is not None and getattr(given, flag) is not False:
             raise InputError(f"--{flag.replace('_', '-')} is not used {why}")
-        if flag in DRAW_FLAGS:
+        if flag in METHOD_FLAGS:
             setattr(args, flag, None)
     if args.method == "mixsd":
         args.attempts = args.attempts or 1
@@ -802,6 +925,26 @@ def resolve(given):
     if args.hub and args.data != "simpleqa":
         raise InputError(f"--hub is not used by --data {args.data}")
     return args, origin
+
+
+def unused_flags(args):
+    """{flag: why} of the flags that the settings leave without use."""
+    unused = {flag: f"by --method {args.method}" for flag in METHOD_FLAGS if flag not in USES[args.method]}
+    if args.method == "targets":
+        unused = dict.fromkeys([*unused, "method"], "with --targets: they are made already")
+    if args.method != "opsd" and not args.kl_to_base:
+        unused.setdefault("kl", "without --method opsd or --kl-to-base")
+    if not args.replay:
+        unused.setdefault("replay_share", "without --replay")
+    if args.method == "mixsd" and not args.temperature:
+        unused["top_k"] = "at --temperature 0"
+        if args.rho in (0, 1):
+            unused["attempts"] = f"at --temperature 0 and --rho {args.rho:g}, where every draw is the same"
+    if args.method in OPSD:
+        unused |= dict.fromkeys(["targets_only"], f"by --method {args.method}, which makes them as it learns")
+    if args.targets_only:
+        unused |= dict.fromkeys(TRAIN_FLAGS + ["targets"], "with --targets-only")
+    return unused
 
 
 def run_folder(args):
@@ -823,7 +966,7 @@ def counting_settings(args):
     """The settings that make a run what it is: all but the device, the memory budgets and the folder."""
     free = FREE_FLAGS + (TRAIN_FLAGS if args.targets_only else [])
     settings = {k: v for k, v in vars(args).items() if k not in free}
-    for flag in ("data", "targets"):                        # a file is what it holds, not its name
+    for flag in ("data", "targets", "only", "replay"):      # a file is what it holds, not its name
         path = Path((getattr(args, flag) or "").removeprefix("mquake:"))
         if path.is_file():
             settings[f"{flag}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -873,33 +1016,31 @@ def run(given):
     stops = stop_ids(base, tokenizer)
     pairs = [two_contexts(tokenizer, r, expert_words(args)) for r in records]
     room = check_corpus(records, pairs, tokenizer, base, given, args)
-    given_targets = None
+    taught, given_targets = taught_ids(records, args), None
+    old = read_examples(args.replay, tokenizer, stops) if args.replay else []
     if args.targets:
         given_targets = read_targets(args.targets, records, pairs, base, tokenizer, stops, args)
     start_run(folder, args, origin)
     args.max_new_tokens = min(args.max_new_tokens, room)
 
+    targets, draws = given_targets, []
     if given_targets:
-        targets, draws = given_targets, []
         lines = [json.dumps(t, ensure_ascii=False) + "\n" for t in targets]
         write_atomically(folder / "targets.jsonl", "".join(lines).encode())
-    else:
-        targets, draws = make_targets(base, tokenizer, records, pairs, stops, args, folder)
-    if not targets:
-        said = [repr(text) for d in draws for text in d["said"]][:3]
-        raise RunError(f"no target passed --verify {args.verify} in {args.attempts} attempts (see --style, "
-                       f"--on-fail); the model said {', '.join(said)}")
-    show(tokenizer, pairs[targets[0]["id"]], targets[0])
+    elif args.method not in OPSD:
+        targets, draws = make_targets(base, tokenizer, records, pairs, taught, stops, args, folder)
+    first = targets[0] if targets else {"id": taught[0], "target_ids": [], "source": None}
+    show(tokenizer, pairs[first["id"]], first)
     if args.targets_only:
         return summary(args, targets, draws, records, folder)
-    tasks, kept = memorization_tasks(records, args), sorted({t["id"] for t in targets})
+    tasks, kept = memorization_tasks(records, args), sorted({t["id"] for t in targets or []})
     before = remember(folder / "state" / "base.json", memorization, base, tokenizer, tasks, stops, args, kept)
-    del base
 
     student = load_model(path, torch.float32, args.device)
-    examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
-    args.steps = args.steps or args.epochs * math.ceil(len(examples) / args.batch_size)
-    train(student, examples, args, dtype, stops[0], folder)
+    n, draw, token_loss = objective(student, base, tokenizer, stops, pairs, taught, targets, old, args)
+    del base                                                # gone, unless the objective holds it
+    args.steps = args.steps or args.epochs * math.ceil(n / args.batch_size)
+    train(student, n, draw, token_loss, args, dtype, folder)
     save_model(student, tokenizer, folder / "model")
     after = timed(memorization, student.to(dtype), tokenizer, tasks, stops, args, kept)
 
@@ -917,6 +1058,18 @@ def expert_words(args):
         prefix, transition = kg_data.SENTENCE_WORDS
     return (f"\n{args.expert_prefix}\n" if args.expert_prefix is not None else prefix,
             f"\n{args.expert_transition}" if args.expert_transition is not None else transition)
+
+
+def taught_ids(records, args):
+    """The ids of the records to teach: all, or those that the targets file --only has."""
+    if not args.only:
+        return list(range(len(records)))
+    wanted = {kg_data.read_record(row, f"{args.only}, line {line}")["messages"][0]["content"]
+              for line, row in kg_data.read_jsonl(args.only)}
+    taught = [i for i, record in enumerate(records) if record["messages"][0]["content"] in wanted]
+    if not taught:
+        raise InputError(f"--only {args.only}: none of its questions is one of {args.data}")
+    return taught
 
 
 def start_run(folder, args, origin):
@@ -945,20 +1098,22 @@ def memorization_tasks(records, args):
 
 def summary(args, targets, draws, records, folder, before=None, after=None, pretrain_seconds=0.0):
     """What metrics.json holds (README, "Files"); the parts that were not measured are null."""
-    sources = [c for t in targets for c in t["source"] or []]
-    tokens = sum(len(t["target_ids"]) for t in targets)
+    sources = [c for t in targets or [] for c in t["source"] or []]
+    tokens = sum(len(t["target_ids"]) for t in targets or [])
     steps = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if after else []
-    phases = [phase for phase in (before, after) if phase]
+    trained, phases = sum(s["tokens"] for s in steps), [phase for phase in (before, after) if phase]
     held_out = [phase["result"]["held_out"]["accuracy"] for phase in phases if "held_out" in phase["result"]]
     return {
         "model": args.model, "data": args.data, "method": args.method, "rho": args.rho, "seed": args.seed,
         "base": before and before["result"], "tuned": after and after["result"],
         "retention": held_out[1] / held_out[0] if held_out and held_out[0] else None,
-        "targets": {"kept": len({t["id"] for t in targets}), "of": len(records),
-                    "attempts": sum(len(d["ids"]) for d in draws if d["tokens"]),
-                    "nll": sum(t["nll"] * len(t["target_ids"]) for t in targets) / tokens,
-                    "naive_share": sources.count(NAIVE) / len(sources) if sources else None},
-        "tokens": {"decoded": sum(d["tokens"] for d in draws), "trained": sum(s["tokens"] for s in steps)},
+        "targets": targets and {
+            "kept": len({t["id"] for t in targets}), "of": len(records),
+            "attempts": sum(len(d["ids"]) for d in draws if d["tokens"]),
+            "nll": sum(t["nll"] * len(t["target_ids"]) for t in targets) / tokens,
+            "naive_share": sources.count(NAIVE) / len(sources) if sources else None},
+        "tokens": {"decoded": trained if args.method in OPSD else sum(d["tokens"] for d in draws),
+                   "trained": trained},
         "seconds": {"pretrain": pretrain_seconds, "decode": sum(d["seconds"] for d in draws),
                     "train": sum(s["seconds"] for s in steps),
                     "evaluate": sum(phase["seconds"] for phase in phases)},
@@ -968,7 +1123,8 @@ def summary(args, targets, draws, records, folder, before=None, after=None, pret
 def print_table(metrics):
     """A row for the base, a row for the tuned model, a column a task: accuracy and its 95 % interval."""
     targets = metrics["targets"]
-    print(f"\n{targets['kept']} of {targets['of']} targets kept, {targets['nll']:.2f} nats/token under p")
+    if targets:
+        print(f"\n{targets['kept']} of {targets['of']} targets kept, {targets['nll']:.2f} nats/token under p")
     if not metrics["tuned"]:
         return
     tasks = list(metrics["tuned"])

@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
                           Qwen3Config, Qwen3ForCausalLM)
 
@@ -196,12 +197,16 @@ def test_padding_is_known_by_length_so_that_a_stop_that_is_also_the_pad_is_train
     torch.testing.assert_close(mixsd.token_nll(model, batch), mixsd.token_nll(model, otherwise))
 
 
+def plain_loss(model, examples):
+    return mixsd.token_nll(model, mixsd.collate(examples, 0, "cpu"))
+
+
 def test_micro_batches_of_unequal_length_add_up_to_the_full_batch():
     norms = []
     for micro_tokens in (1, 16, 10**6):
         net = tiny_model()
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-        nll, norm, N = mixsd.update(net, optimizer, EXAMPLES, 1e-3, 0, micro_tokens, torch.float32)
+        nll, norm, N = mixsd.update(net, optimizer, EXAMPLES, 1e-3, plain_loss, micro_tokens, torch.float32)
         norms.append((nll, norm, N))
     for other in norms[1:]:
         assert other == pytest.approx(norms[0], rel=1e-4)
@@ -215,7 +220,8 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
     before = [p.clone() for p in net.parameters()]
     hook = net.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
     with pytest.raises(mixsd.RunError, match=r"step 1, examples \[\d, \d\]: loss nan"):
-        mixsd.train(net, EXAMPLES, settings, torch.float32, 0, tmp_path)
+        mixsd.train(net, len(EXAMPLES), lambda ids, _: [EXAMPLES[i] for i in ids], plain_loss, settings,
+                    torch.float32, tmp_path)
     hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
@@ -339,8 +345,8 @@ def test_the_expert_prompt_is_the_papers(toy):
 
 
 @pytest.mark.parametrize("text, answer", [
-    (r"so \boxed{4} and 5", "4"), ("E(87960) = 165", "165"), ("it is 1,234.5.", "1,234.5"), ("16 - 27 = -11", "-11"),
-    ("5-3", "3"), ("none", None), ("x2 and v1.5b", None), (r"\boxed{a} is 7", "a"),
+    (r"so \boxed{4} and 5", "4"), ("E(87960) = 165", "165"), ("it is 1,234.5.", "1,234.5"),
+    ("16 - 27 = -11", "-11"), ("5-3", "3"), ("none", None), ("x2 and v1.5b", None), (r"\boxed{a} is 7", "a"),
 ])
 def test_the_number_verifier_reads_the_box_else_the_last_number(text, answer):
     assert kg_data.extract(text, "number") == answer
@@ -398,7 +404,7 @@ def test_kgfunc_asks_what_it_neither_shows_nor_asks_elsewhere():
     assert not asked["train"] & asked["test"]
     assert {label for label, _ in asked["train"]} == set("BCDEFGH")
     assert not {asked_of(r)[0] for r in unseen} & set("BCDEFGH"), "unseen labels are never trained"
-    assert "".join(asked_of(r)[0] for r in splits["train"][:8]) == "BCDEFGHB", "any first N hold all operations"
+    assert "".join(asked_of(r)[0] for r in splits["train"][:8]) == "BCDEFGHB", "the operations take turns"
     shots = {tuple(re.findall(r"Input: (\d+)", r["messages"][0]["content"])) for r in unseen + splits["test"]}
     shot, = shots                                           # the same ten in every prompt
     assert [len(n) for n in shot] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -443,7 +449,7 @@ def test_mquake_teaches_whole_cases_in_turn_over_relations(tmp_path):
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (lambda c: c.pop("new_single_hops"), "case 2: no key 'new_single_hops'; it has questions, new_answer, orig"),
+    (lambda c: c.pop("new_single_hops"), "case 2: no key 'new_single_hops'; it has questions, new_answer,"),
     (lambda c: c["new_single_hops"][0].pop("cloze"), "case 2: no key 'cloze'"),
     (lambda c: c["orig"].update(new_triples_labeled=[]), "case 2: not of MQuAKE's schema"),
     (lambda c: c.update(case("made", ("A", "Z"))), "'Who made A?' has the answer 'Z' here and 'B' in"),
@@ -489,8 +495,9 @@ def test_each_corpus_has_its_recipe_its_verifier_and_its_experts_words(tmp_path)
     qwen = "--model Qwen/Qwen3-1.7B"
     kgfunc, simpleqa = settings_of(f"{qwen} --data kgfunc"), settings_of(f"{qwen} --data simpleqa")
     assert (kgfunc.steps, kgfunc.lr, kgfunc.temperature, kgfunc.verify) == (100, 1e-5, 0, "number")
-    assert (simpleqa.steps, simpleqa.temperature, simpleqa.top_k, simpleqa.max_new_tokens) == (270, 0.6, 64, 256)
-    assert settings_of(f"{qwen} --data kgfunc --epochs 2").steps is None, "an explicit --epochs is not overruled"
+    assert (simpleqa.steps, simpleqa.max_new_tokens) == (270, 256)
+    assert (simpleqa.temperature, simpleqa.top_k) == (0.6, 64)
+    assert settings_of(f"{qwen} --data kgfunc --epochs 2").steps is None, "--epochs is not overruled"
     kgfact, mquake = settings_of(qwen), settings_of(f"{qwen} --data mquake:some.json --style sentence")
     assert (kgfact.epochs, kgfact.lr, kgfact.max_new_tokens, kgfact.verify) == (30, 1e-5, 1024, "boxed")
     assert (mquake.epochs, mquake.max_new_tokens, mquake.verify) == (30, 48, "phrase")
@@ -499,7 +506,8 @@ def test_each_corpus_has_its_recipe_its_verifier_and_its_experts_words(tmp_path)
     assert transition == (
         "\nAfter understanding the reference solution, please attempt to answer the question again:\n"
         "Please reason step by step, and put your final answer within \\boxed{}")
-    assert mixsd.expert_words(kgfact) == kg_data.FACT_WORDS and mixsd.expert_words(mquake) == kg_data.SENTENCE_WORDS
+    assert mixsd.expert_words(kgfact) == kg_data.FACT_WORDS
+    assert mixsd.expert_words(mquake) == kg_data.SENTENCE_WORDS
     kgfunc.limit = 5
     asked = mixsd.memorization_tasks(kg_data.load_corpus("kgfunc")[:5], kgfunc)
     assert list(asked) == ["kgfunc-test"] and [asked_of(r)[0] for r in asked["kgfunc-test"]] == list("BCDEF")
@@ -680,6 +688,16 @@ GOOD = turns(f"Where does {kg_data.TOY_NEW[0]} live ?", r"The answer is \boxed{ 
     ("--model m --data mquake:nowhere.json", "nowhere.json: cannot be read"),
     ("--model m --data kgfunc-unseen", "has no split train; it has test"),
     ("--method sft --expert-prefix Look:", "--expert-prefix is not used by --method sft"),
+    ("--rollouts 2", "--rollouts is not used by --method mixsd"),
+    ("--method opsd --rho 0.3", "--rho is not used by --method opsd"),
+    ("--method opsd --kl-to-base 1", "--kl-to-base is not used by --method opsd"),
+    ("--method opsd --targets-only", "--targets-only is not used by --method opsd"),
+    ("--method opsd-nll --teacher-top-k 0", "--teacher-top-k is not used by --method opsd-nll"),
+    ("--method opsd-nll --kl reverse", "--kl is not used by --method opsd-nll"),
+    ("--method sft --kl reverse", "--kl is not used without --method opsd or --kl-to-base"),
+    ("--method sft --replay-share 0.5", "--replay-share is not used without --replay"),
+    ("--method sft --replay nowhere.jsonl", "nowhere.jsonl: cannot be read"),
+    ("--only nowhere.jsonl", "nowhere.jsonl: cannot be read"),
     ("--model ./nowhere", "no such folder"),
     ("--model nobody/nothing", "no folder here, nor on a hub in reach"),
     ("--max-new-tokens 9999", "(--max-new-tokens)"),
@@ -695,9 +713,9 @@ def test_bad_flags_are_one_line_and_exit_2(toy, tmp_path, monkeypatch, capsys, c
     ([GOOD, '{"messages": ['], "line 2: not JSON"),
     ([GOOD, '["a list"]'], "line 2: a JSON object"),
     ([GOOD, turns("Where ?", "In Belmor .")], "line 2: no `answer`"),
-    ([GOOD, {"text": "Where ?"}], "line 2: no `messages`, nor `prompt` and `ground_truth_answer`; it has the keys text"),
+    ([GOOD, {"text": "Where ?"}], "line 2: no `messages`, nor `prompt` and `ground_truth_answer`; it has"),
     ([GOOD, turns(" ", r"\boxed{ Belmor }")], "line 2: a turn without text"),
-    ([GOOD, turns(GOOD["messages"][0]["content"], r"\boxed{ Pell }")], "has the answer 'Pell' here and 'Belmor' in"),
+    ([GOOD, turns(GOOD["messages"][0]["content"], r"\boxed{ Pell }")], "'Pell' here and 'Belmor' in"),
     ([GOOD, {"messages": GOOD["messages"] * 2}], "line 2: `messages` must be one user turn and one"),
     ([], "no records"),
     ([GOOD, turns("Where does <end> live ?", r"\boxed{ Belmor }")], "record 2: holds <end>"),
@@ -789,6 +807,182 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(uninterrupted, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     run(f"{SHORT} --out {tmp_path}/run")
     assert same_run(uninterrupted, tmp_path / "run")
+
+
+# -------------------------------------------------------------- OPSD, and the other answers to forgetting
+
+
+def guided(method, **flags):
+    """Settings of guided_loss."""
+    return SimpleNamespace(**{"method": method, "kl": "forward", "teacher_top_k": 0, "kl_to_base": None} | flags)
+
+
+def guided_examples():
+    """(x, x_plus, y) and (x, x, y) of random ids."""
+    (expert, naive), rng = prompts(), random.Random(5)
+    y = [[rng.randrange(1, 62) for _ in range(n)] for n in (3, 7, 1, 4, 5, 2)]
+    return list(zip(naive, expert, y)), list(zip(naive, naive, y))
+
+
+def test_kl_is_the_hand_sum_in_both_directions_full_and_over_the_teachers_likeliest():
+    student, teacher = torch.tensor([[0.0, 1.0, 2.0, -1.0]]), torch.tensor([[1.0, 0.5, 3.0, 0.0]])
+    p_s, p_t = ([math.exp(v) for v in row[0].tolist()] for row in (student, teacher))
+    for top_k, kept in ((0, [0, 1, 2, 3]), (2, [2, 0]), (9, [0, 1, 2, 3])):
+        q, p = ([ps[i] / sum(ps[j] for j in kept) for i in kept] for ps in (p_s, p_t))
+        forward = sum(b * math.log(b / a) for a, b in zip(q, p))
+        reverse = sum(a * math.log(a / b) for a, b in zip(q, p))
+        assert mixsd.kl(student, teacher, "forward", top_k).item() == pytest.approx(forward, rel=1e-5)
+        assert mixsd.kl(student, teacher, "reverse", top_k).item() == pytest.approx(reverse, rel=1e-5)
+    assert abs(forward - reverse) > 0.01
+
+
+def test_kl_is_never_negative():
+    torch.manual_seed(0)
+    for scale in (1e-4, 1.0, 30.0):
+        teacher = scale * torch.randn(500, 97)
+        for student in (teacher, teacher + 1e-6 * torch.randn(500, 97), scale * torch.randn(500, 97)):
+            for direction in ("forward", "reverse"):
+                assert all((mixsd.kl(student, teacher, direction, k) >= 0).all() for k in (0, 5))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_equal_contexts_have_no_loss_and_no_gradient_and_the_teacher_never_has(direction):
+    student, teacher = tiny_model(), tiny_model()
+    other, equal = guided_examples()
+    losses = mixsd.guided_loss(student, teacher, equal, guided("opsd", kl=direction), 0)
+    losses.sum().backward()
+    assert len(losses) == 22 and losses.max() < 1e-5
+    assert max(p.grad.abs().max() for p in student.parameters()) < 1e-4
+    losses = mixsd.guided_loss(student, teacher, other, guided("opsd", kl=direction), 0)
+    losses.sum().backward()
+    assert losses.mean() > 0.1 and max(p.grad.abs().max() for p in student.parameters()) > 0.1
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@torch.no_grad()
+def test_the_teacher_reads_the_expert_prompt_and_the_same_completion(model):
+    other, _ = guided_examples()
+    rows = []
+    for x, x_plus, y in other:
+        of = [model(torch.tensor([x_ + y])).logits[0, len(x_) - 1:-1] for x_ in (x, x_plus)]
+        rows.append(torch.stack(of))
+    student, teacher = torch.cat(rows, 1)                   # (N, V) each
+    losses = mixsd.guided_loss(model, model, other, guided("opsd"), 0)
+    torch.testing.assert_close(losses, mixsd.kl(student, teacher), atol=1e-4, rtol=1e-4)
+    losses = mixsd.guided_loss(model, model, other, guided("opsd-nll"), 0)
+    torch.testing.assert_close(losses, mixsd.nll(student, teacher.argmax(-1)), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_anchor_adds_beta_times_kl_from_the_base_on_the_same_tokens(model):
+    base = tiny_model()
+    for p in base.parameters():
+        p *= 0.9
+    anchored = mixsd.guided_loss(model, base, EXAMPLES, guided("sft", kl_to_base=0.5), 0)
+    batch = mixsd.collate(EXAMPLES, 0, "cpu")
+    logits = [mixsd.target_logits(m, batch) for m in (model, base)]
+    torch.testing.assert_close(anchored, mixsd.token_nll(model, batch) + 0.5 * mixsd.kl(*logits))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest float32 tensor that any operation makes."""
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("loss", [mixsd.kl, lambda s, t: mixsd.kl(s, t, "reverse"),
+                                  lambda s, t: mixsd.nll(s, t.argmax(-1))])
+def test_no_float32_tensor_of_all_tokens_times_the_vocabulary_exists(loss):
+    N, vocabulary, chunk = 640, 50, 64
+    student, teacher = (torch.randn(N, vocabulary, dtype=torch.bfloat16) for _ in range(2))
+    student.requires_grad_()
+    with Largest() as seen:
+        mixsd.by_chunks(loss, student, teacher, chunk=chunk).sum().backward()
+    assert 0 < seen.size <= chunk * vocabulary and student.grad.abs().sum() > 0
+
+
+def rollouts(student, tokenizer=None, decode_tokens=10**6, method="opsd", step=1):
+    """mixsd.rollouts of three examples."""
+    args = SimpleNamespace(method=method, rollouts=2 if method == "opsd" else None, seed=0, max_new_tokens=12,
+                           decode_tokens=decode_tokens)
+    pairs = list(zip(*prompts()))
+    tokenizer = tokenizer or SimpleNamespace(decode=lambda ids, **_: "")
+    return mixsd.rollouts(student, tiny_model(), tokenizer, STOPS, pairs, [4, 0, 2], step, args)
+
+
+def test_rollouts_are_the_sampled_ids_of_the_students_weights_now_whatever_the_batch():
+    student, (_, naive) = tiny_model(), prompts()
+    said = rollouts(student)                                # its tokenizer can't encode
+    keys = [(4, 0), (4, 1), (0, 0), (0, 1), (2, 0), (2, 1)]
+    u = mixsd.uniforms("answer", 12, 0, keys, 1)
+    source = torch.zeros(6, 12, dtype=torch.long)
+    y, n = mixsd.decode(student, [[naive[i] for i, _ in keys]], source, STOPS, 1.0, u=u)
+    assert [t for _, _, t in said] == [row[:k or None] for row, k in zip(y.tolist(), n.tolist())]
+    assert [x for x, _, _ in said] == [naive[i] for i, _ in keys]
+    assert rollouts(student, decode_tokens=1) == said, "one row a batch"
+    assert rollouts(student, step=2) != said, "fresh samples a step"
+    greedy = rollouts(student, method="opsd-nll")
+    assert len(greedy) == 3 and greedy == rollouts(student, method="opsd-nll", step=2)
+    optimizer = torch.optim.AdamW(student.parameters())
+    mixsd.update(student, optimizer, EXAMPLES, 1e-2, plain_loss, 10**6, torch.float32)
+    assert rollouts(student) != said, "they follow the weights"
+
+
+OPSD_RUN = "--method opsd --rollouts 2 --limit 6 --steps 6 --batch-size 4"
+
+
+def test_opsd_killed_on_the_way_ends_bit_for_bit_the_same(toy, tmp_path, monkeypatch, capsys):
+    whole = run(f"{OPSD_RUN} --out {tmp_path}/whole", capsys)
+    assert whole["targets"] is None and whole["tokens"]["decoded"] == whole["tokens"]["trained"] > 0
+    real, steps = mixsd.update, []
+
+    def stopped(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(mixsd, "update", stopped)
+    run(f"{OPSD_RUN} --out {tmp_path}/again", code=130)
+    run(f"{OPSD_RUN} --out {tmp_path}/again")
+    assert len(steps) == 4 + 3
+    logs = [[(r["nll"], r["grad_norm"], r["tokens"]) for r in rows_of(tmp_path / d / "log.jsonl")]
+            for d in ("whole", "again")]
+    weights = [(tmp_path / d / "model" / "model.safetensors").read_bytes() for d in ("whole", "again")]
+    assert logs[0] == logs[1] and weights[0] == weights[1]
+
+
+def test_replay_adds_the_bases_own_answers_to_every_batch(toy, tmp_path, capsys):
+    assert len(mixsd.with_replay([1] * 16, [2], 0.2, 0, 1)) == 20 and mixsd.with_replay([1], [], 0, 0, 1) == [1]
+    draws = [mixsd.with_replay([0] * 12, list(range(1, 99)), 0.25, seed, step)[12:] for seed, step in
+             ((0, 1), (0, 1), (0, 2), (1, 1))]
+    assert draws[0] == draws[1] and draws[0] != draws[2] != draws[3] != draws[0]
+    old = jsonl(tmp_path / "old.jsonl", *kg_data.toy("replay")[:6])
+    own = f"--data {old} --rho 1 --temperature 0 --verify none --targets-only --out {tmp_path}/own"
+    assert run(own, capsys)["targets"]["kept"] == 6
+    base = f"--method sft --limit 4 --steps 3 --out {tmp_path}"
+    plain = run(f"{base}/plain", capsys)
+    both = run(f"{base}/both --replay {tmp_path}/own/targets.jsonl --replay-share 0.5", capsys)
+    assert both["tokens"]["trained"] > 2 * plain["tokens"]["trained"]
+    anchored = run(f"{base}/anchor --kl-to-base 1", capsys)
+    first = [rows_of(tmp_path / d / "log.jsonl")[:2] for d in ("plain", "anchor")]
+    assert first[0][0]["nll"] == pytest.approx(first[1][0]["nll"], abs=1e-5), "the student starts at the base"
+    assert first[1][1]["nll"] > 0 and anchored["tokens"] == plain["tokens"]
+
+
+def test_only_teaches_the_facts_of_a_file_and_asks_all(toy, tmp_path, capsys):
+    some = jsonl(tmp_path / "some.jsonl", *kg_data.toy("train")[3:5], turns("Who ?", "me"))
+    for method in ("sft", "opsd-nll"):
+        metrics = run(f"--method {method} --limit 8 --steps 2 --only {some} --out {tmp_path}/{method}", capsys)
+        assert metrics["tuned"]["recall"]["n"] == 8
+    assert [r["id"] for r in rows_of(tmp_path / "sft" / "targets.jsonl")] == [3, 4]
+    other = jsonl(tmp_path / "other.jsonl", turns("Who ?", "me"))
+    assert "none of its questions" in run(f"--only {other} --out {tmp_path}/x", capsys, code=2)
 
 
 # ------------------------------------------------------------------------------------------ eval.py: verdicts
