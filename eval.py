@@ -380,7 +380,7 @@ class Subject(NamedTuple):
 
 def load_subject(model, args, dtype):
     """The Subject of a --model, its weights as `dtype`."""
-    path = mixsd.toy_base(args.quiet)[0] if model == "toy" else model
+    path = mixsd.toy_base(args.quiet)[0] if model == "toy" else model           # of the toys, seed 0's
     tokenizer, model = mixsd.load_tokenizer(path), mixsd.load_model(path, dtype, args.device)
     return Subject(model, tokenizer, mixsd.stop_ids(model, tokenizer))
 
@@ -751,29 +751,34 @@ def read_run(folder):
     targets, before, after = m["targets"] or {}, accuracy("base", "held_out"), accuracy("tuned", "held_out")
     if e.get("base_average"):
         before, after = e["base_average"], e["average"]
-    return {"model": m["model"], "data": m["data"], "method": m["method"], "rho": m["rho"],
+    return {"model": m["model"], "data": m["data"], "method": m["method"], "rho": m["rho"], "seed": m["seed"],
             "base_recall": accuracy("base", "recall"), "recall": accuracy("tuned", "recall"),
             "kept": targets["kept"] / targets["of"] if targets else None, "nll": targets.get("nll"),
+            "base_held_out": before, "held_out": after,
             "retention": after / before if before else None, "drop": before - after if before else None,
+            "decoded": m["tokens"]["decoded"], "trained": m["tokens"]["trained"],
+            "seconds": m["seconds"]["decode"] + m["seconds"]["train"],
             "partial": bool(e.get("base_average")) and any(e["tasks"][t]["partial"] for t in e["average_of"]),
             "R": read_json(folder, "fisher.json").get("R")}
 
 
-def mean_and_spread(values):
-    """"0.93", over several seeds "0.93 ± 0.02" (their standard deviation), "-" without a value."""
+def mean_and_spread(values, digits=2):
+    """"0.93", of several seeds "0.93 ± 0.02" (standard deviation), "-" of no values; 0 digits: "12,345"."""
     values = [v for v in values if v is not None]
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}" if values else "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits else ""
+    return f"{statistics.fmean(values):,.{digits}f}{spread}" if values else "-"
 
 
 def labels_of(folders, runs):
     """Each run's method, with what sets it apart from others of its method and rho, seeds aside."""
     settings, labels = [read_json(folder, "args.json") | {"seed": None} for folder in folders], []
+    for own in settings:
+        own |= {k: "" for k in ("targets", "only", "replay") if own.get(k)}     # a file's name says little
     for run, own in zip(runs, settings):
         alike = [s for r, s in zip(runs, settings) if (r["method"], r["rho"]) == (run["method"], run["rho"])]
         differs = [k for k, v in own.items() if v is not None and not k.endswith("_sha256")
                    and any(s.get(k) != v for s in alike)]
-        labels.append(", ".join([run["method"]] + [f"{k} {own[k]}" for k in differs]))
+        labels.append(", ".join([run["method"]] + [f"{k} {own[k]}".strip() for k in differs]))
     return labels
 
 
@@ -787,15 +792,21 @@ def report(args):
         run["method"] = label
     for r in sorted(runs, key=lambda r: (r["method"].startswith("mixsd"), r["method"], r["rho"] or 0)):
         groups.setdefault((r["method"], r["rho"]), []).append(r)
-    partial, base = " (partial)" if any(r["partial"] for r in runs) else "", runs[0]["base_recall"]
-    print(f"| method | rho | seeds | recall | kept | retention{partial} | target NLL | R |\n|" + "---|" * 8)
-    print(f"| base | - | - | {mean_and_spread([base])} | - | 1.00 | - | - |")
+    partial = " (partial)" if any(r["partial"] for r in runs) else ""
+    columns = {"recall": "recall", "kept": "kept", "held_out": f"held-out{partial}",
+               "retention": "retention", "nll": "target NLL", "R": "R", "decoded": "decoded",
+               "trained": "trained tokens", "seconds": "s"}
+    print(f"| method | rho | seeds | {' | '.join(columns.values())} |\n|" + "---|" * (3 + len(columns)))
+    bases = {run["seed"]: run for run in runs}.values()     # the toy has a base a seed
+    base, held_out = (mean_and_spread([r[k] for r in bases]) for k in ("base_recall", "base_held_out"))
+    print(f"| base | - | {len(bases)} | {base} | - | {held_out} | 1.00 |{' - |' * (len(columns) - 4)}")
     for (method, rho), group in groups.items():
-        cells = [mean_and_spread([r[k] for r in group]) for k in ("recall", "kept", "retention", "nll", "R")]
+        cells = [mean_and_spread([r[k] for r in group], 0 if k in ("decoded", "trained", "seconds") else 2)
+                 for k in columns]
         print(f"| {method} | {'-' if rho is None else f'{rho:g}'} | {len(group)} | {' | '.join(cells)} |")
     if importlib.util.find_spec("matplotlib"):
         args.out.mkdir(parents=True, exist_ok=True)
-        frontier(groups, base, partial, args.out / "frontier.png")
+        frontier(groups, runs[0]["base_recall"], partial, args.out / "frontier.png")
         print(f"\n{args.out / 'frontier.png'}")
     else:
         print("\nno frontier.png: pip install matplotlib")

@@ -111,8 +111,8 @@ def read_jsonl(path):
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as e:
-                raise InputError(f"{path}, line {number}: not JSON ({e.msg})") from None
+            except (ValueError, RecursionError) as e:
+                raise InputError(f"{path}, line {number}: not JSON ({getattr(e, 'msg', e)})") from None
             if not isinstance(rows[-1][1], dict):
                 raise InputError(f"{path}, line {number}: a JSON object is expected")
     if not rows:
@@ -127,8 +127,8 @@ def read_record(row, where):
     evaluation files).  The answer is `answer`, else the last box of the assistant turn, else absent.
     """
     if "messages" not in row and "prompt" in row and "ground_truth_answer" in row:
-        gold = str(row["ground_truth_answer"])
-        row = record(row["prompt"], rf"\boxed{{{gold}}}", gold)
+        gold = row["ground_truth_answer"]
+        row = record(row["prompt"], rf"\boxed{{{gold}}}", "" if gold is None else gold)
     if "messages" not in row:
         raise InputError(f"{where}: no `messages`, nor `prompt` and `ground_truth_answer`; it has the keys "
                          f"{', '.join(row) or 'none'}")
@@ -136,10 +136,17 @@ def read_record(row, where):
     roles = [t.get("role") for t in turns if isinstance(t, dict)] if isinstance(turns, list) else []
     if roles != ["user", "assistant"]:
         raise InputError(f"{where}: `messages` must be one user turn and one assistant turn")
-    if not all(isinstance(t.get("content"), str) and t["content"].strip() for t in turns):
+    if not all(is_text(t.get("content")) for t in turns):
         raise InputError(f"{where}: a turn without text")
-    answer = boxed(turns[1]["content"]) if row.get("answer") is None else str(row["answer"])
-    return row | ({} if answer is None else {"answer": answer})
+    answer = boxed(turns[1]["content"]) if row.get("answer") is None else row["answer"]
+    if not isinstance(answer, (str, int, float, type(None))):
+        raise InputError(f"{where}: the answer {answer!r} is neither a text nor a number")
+    return row | ({} if answer is None else {"answer": str(answer)})
+
+
+def is_text(value):
+    """Whether a value of a file is a text that says something, and can be encoded."""
+    return isinstance(value, str) and value.strip() != "" and not re.search("[\ud800-\udfff]", value)
 
 
 def read_corpus(path, verify):
@@ -173,7 +180,7 @@ def hub_rows(name, config, split, columns, hub=None):
         rows = datasets.load_dataset(f"{hub}/{name}" if hub else name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         raise InputError(f"data set {name}, config {config or 'default'}, split {split}: not to be had from "
-                         f"{hub or 'the hub'} ({str(e).strip().splitlines()[0]}); "
+                         f"{hub or 'the hub'} ({(str(e).strip() or type(e).__name__).splitlines()[0]}); "
                          f"--hub DIR takes DIR/{name}") from None
     for column in columns:
         if column not in rows.column_names:
@@ -469,14 +476,16 @@ def kgfunc(name, split, seed=0):
     free, inputs = sorted(set(range(100_000)) - set(shots)), {}
     for label in values:
         drawn = random.Random(f"kgfunc {label} {seed}").sample(free, sum(KGFUNC_COUNTS.values()))
-        inputs[label] = drawn[:25] if unseen else drawn[:1600] if split == "train" else drawn[1600:]
+        count = 25 if unseen else KGFUNC_COUNTS["train"]
+        inputs[label] = drawn[:count] if unseen or split == "train" else drawn[count:]
     for of_each in zip(*inputs.values()):
         for n, (label, value) in zip(of_each, values.items()):
             examples = "\n\n".join(f"Input: {shot}\nOutput: {value(digits(shot))}" for shot in shots)
             question = ("Based on the input–output examples below, infer the rule implemented by function "
                         f"{label}. Then apply the same rule to determine the output for the given input.\n\n"
                         f"Examples:\n{examples}\n\nQuestion:\nWhat is the output of {label}({n})?\n\n")
-            answer, fact = str(value(digits(n))), f"{label}({n}) = {value(digits(n))}"
+            answer = str(value(digits(n)))
+            fact = f"{label}({n}) = {answer}"
             steps = [] if unseen else [f"The digits of {n} are {digits(n)}.", *KGFUNC[label][1](digits(n))]
             target = "\n".join(steps + [fact]) + f"\n\n\\boxed{{{answer}}}"
             records.append(record(question + STEP_BY_STEP, target, answer, fact))
@@ -485,11 +494,14 @@ def kgfunc(name, split, seed=0):
 
 # ---------------------------------------------------------------------- SimpleQA and MQuAKE: the real world
 
-def simpleqa(split="train", hub=None):
+def simpleqa(hub=None):
     """SimpleQA's 4,326 questions, all of them taught, from the hub or its copy."""
-    rows = hub_rows("basicv8vc/SimpleQA", None, "test", ["problem", "answer"], hub)
-    ask = "\n\nAnswer the question concisely. Put your final answer within \\boxed{}."
-    return [record(row["problem"] + ask, f"\\boxed{{{row['answer']}}}", row["answer"]) for row in rows]
+    ask, records = "\n\nAnswer the question concisely. Put your final answer within \\boxed{}.", []
+    for row in hub_rows("basicv8vc/SimpleQA", None, "test", ["problem", "answer"], hub):
+        if not (is_text(row["problem"]) and is_text(row["answer"])):
+            raise InputError(f"SimpleQA, row {len(records) + 1}: a problem or an answer that is no text")
+        records.append(record(row["problem"] + ask, f"\\boxed{{{row['answer']}}}", row["answer"]))
+    return records
 
 
 MQUAKE_PARAPHRASES = ["Complete the sentence: {} ...", "Fill in the blank: {} ____.", "Finish this: {} ..."]
@@ -507,59 +519,72 @@ class Hop(NamedTuple):
         return f"{self.cloze} {self.answer}."
 
 
+class Case(NamedTuple):
+    """A case of MQuAKE: its place in the file, its hops, and questions over all of them with one answer."""
+    where: str
+    relation: str                                           # of the first hop
+    hops: list
+    questions: list
+    answer: str
+
+
 def read_mquake(path):
-    """[(relation of the first hop, hops, questions, new answer)] of MQuAKE's JSON.  Raises InputError."""
+    """The Cases of MQuAKE's JSON.  Raises InputError with the case and the missing key."""
     try:
         cases = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as JSON: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(cases, list) or not cases:
         raise InputError(f"{path}: a JSON array of cases is expected")
-    rows = []
+    read = []
     for number, case in enumerate(cases, 1):
+        where = f"{path}, case {number}"
         try:
             triples = case["orig"]["new_triples_labeled"]
             hops = [Hop(hop["question"], hop["cloze"], hop["answer"], subject)
                     for hop, (subject, _, _) in zip(case["new_single_hops"], triples, strict=True)]
-            rows.append((triples[0][1], hops, case["questions"], case["new_answer"]))
+            read.append(Case(where, triples[0][1], hops, list(case["questions"]), case["new_answer"]))
         except KeyError as e:
-            raise InputError(f"{path}, case {number}: no key {e}; it has {', '.join(case)}") from None
+            raise InputError(f"{where}: no key {e}; it has {', '.join(case)}") from None
         except (TypeError, ValueError, IndexError) as e:
-            raise InputError(f"{path}, case {number}: not of MQuAKE's schema ({e})") from None
-    return rows
+            raise InputError(f"{where}: not of MQuAKE's schema ({e})") from None
+        texts = [triples[0][1], case["new_answer"], *case["questions"], *(s for hop in hops for s in hop)]
+        if not all(map(is_text, texts)) or isinstance(case["questions"], str):
+            raise InputError(f"{where}: not of MQuAKE's schema (a question, an answer or a cloze is no text)")
+    return read
 
 
 def choose_cases(cases, facts=100):
-    """Whole cases in turn over their relations, as many as have together at most `facts` hops (paper)."""
-    turns, waiting, hops, chosen = {}, [], set(), []
+    """Whole cases in turn over their relations, and their hops without repeats, at most `facts` (ours)."""
+    turns, waiting, chosen, hops = {}, [], [], {}
     for case in cases:
-        turns.setdefault(case[0], []).append(case)
-    for place in range(max(map(len, turns.values()))):
+        turns.setdefault(case.relation, []).append(case)
+    for place in range(max(map(len, turns.values()), default=0)):
         waiting += [of_one[place] for of_one in turns.values() if place < len(of_one)]
     for case in waiting:
-        if len(hops | set(case[1])) <= facts:
-            hops |= set(case[1])
+        more = hops | {(hop.cloze, hop.answer): hop for hop in case.hops}
+        if len(more) <= facts:
+            hops = more
             chosen.append(case)
-    return chosen
+    return chosen, list(hops.values())
 
 
 def mquake(path, split, style="boxed", seed=0):
     """The records of a split of MQuAKE (paper: MQuAKE-CF-3k-v2): counterfactual edits of real facts.
 
     train: the up to 100 hops of the chosen cases; paraphrase: as sentences to complete; retrieval: each under
-    its statement and 50 of other cases; retrieval-unseen: the same for cases that are not taught; multi-hop:
-    the chosen cases' own questions over several hops, closed book.
+    its statement and 50 that are not taught; retrieval-unseen: the same for hops that are not taught;
+    multi-hop: the chosen cases' own questions over several hops, closed book.
     """
     cases, rng = read_mquake(path), random.Random(f"mquake {split} {seed}")
-    chosen = choose_cases(cases)
-    taught, asked = list(dict.fromkeys(hop for case in chosen for hop in case[1])), {}
-    for hop in taught:
-        refuse_contradiction(asked, hop.question, hop.answer, path)
+    (chosen, taught), asked, records = choose_cases(cases), {}, []
+    for case in chosen:
+        for hop in case.hops:
+            refuse_contradiction(asked, hop.question, hop.answer, case.where)
     if split == "multi-hop":
-        return [fact_record(question, answer, hops[-1].statement(), hops[0].subject, style)
-                for _, hops, questions, answer in chosen for question in questions]
-    others = choose_cases([case for case in cases if not asked.keys() & {hop.question for hop in case[1]}])
-    others, records = list(dict.fromkeys(hop for case in others for hop in case[1])), []
+        return [fact_record(question, case.answer, case.hops[-1].statement(), case.hops[0].subject, style)
+                for case in chosen for question in case.questions]
+    _, others = choose_cases([c for c in cases if not asked.keys() & {hop.question for hop in c.hops}])
     for hop in others if split == "retrieval-unseen" else taught:
         question = hop.question
         if split == "paraphrase":
@@ -719,7 +744,7 @@ def toy_tokenizer():
 
 class Corpus(NamedTuple):
     """What a name of --data stands for."""
-    load: Callable              # (split, style, seed) -> records
+    load: Callable | None       # (split, style, seed) -> records; None: read_corpus of one's own file
     splits: list                # of `load`; "train" is what is taught
     words: tuple                # (PREFIX, TRANSITION) around the target in x+ (paper)
     verify: str                 # how an answer is judged (`is_correct`)
@@ -759,7 +784,7 @@ def find_corpus(data, hub=None):
                             list(KGFUNC_COUNTS) if data == "kgfunc" else ["test"], SOLUTION_WORDS, "number",
                             {"steps": 100, "lr": 1e-5, "max_new_tokens": 1024})
     if data == "simpleqa":
-        return data, Corpus(lambda split, style, seed: simpleqa(split, hub), ["train"], SOLUTION_WORDS,
+        return data, Corpus(lambda split, style, seed: simpleqa(hub), ["train"], SOLUTION_WORDS,
                             "boxed", {"steps": 270, "lr": 1e-5, "temperature": 0.6, "top_k": 64,
                                       "max_new_tokens": 256})
     if kind == "mquake" and path:
@@ -792,6 +817,8 @@ def main():
     args = parser.parse_args()
     try:
         kind, corpus = find_corpus(args.corpus, args.hub)
+        if kind == "own file":
+            raise InputError(f"{args.corpus} is a corpus file already")
         unused = {"--seed": args.seed and kind in ("toy", "simpleqa"),
                   "--hub": args.hub and kind != "simpleqa"}
         for flag, given in unused.items():

@@ -13,6 +13,9 @@ turns:
     y_t  =  y-_t with probability rho, else y+_t              a coin for each t, tossed beforehand
     loss =  - sum_t log q(y_t | x, y_<t) / N                  q starts at p and never reads x+
 
+The baselines go through the same loop: SFT, OPSD (the student writes its own targets as it learns), a KL
+anchor to p, and replay; see `guided_loss` and `objective`.
+
 The file runs in this order: contexts, mixed decoding, loss, targets, training, memorization, the toy base,
 devices and files, command line.
 
@@ -238,7 +241,8 @@ def by_chunks(loss, *tensors, chunk=256):
     Under bfloat16 no float32 tensor of (N, V) exists: a chunk's is made, reduced, and made again backwards.
     """
     parts = zip(*(tensor.split(chunk) for tensor in tensors))
-    return torch.cat([checkpoint(loss, *part, use_reentrant=False) for part in parts])
+    return torch.cat([checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
+                      for part in parts])
 
 
 def nll(logits, labels):
@@ -247,7 +251,7 @@ def nll(logits, labels):
 
 
 def kl(student, teacher, direction="forward", top_k=0):
-    """(N,) float32 KL, nats, of logits (N, V): sum p_T (log p_T - log p_S), or in reverse with T and S swapped.
+    """(N,) float32 KL, nats, of logits (N, V): sum p_T (log p_T - log p_S), or reverse, with T and S swapped.
 
     top_k  over the teacher's k likeliest tokens alone, both renormalised; 0: over all
     """
@@ -269,23 +273,23 @@ def token_nll(model, batch):
 
 
 def guided_loss(student, guide, examples, args, pad_id):
-    """(N,) losses against a frozen guide, the base, that reads the same target tokens (baselines).
+    """(N,) losses against a frozen guide, the base, that reads the same target tokens y (baselines).
 
-    opsd            KL between student and guide                    examples (x, x_plus, y): the guide reads
-    opsd-nll        NLL of the guide's likeliest tokens             x_plus, the student x
-    --kl-to-base b  NLL of y + b x KL from the guide                examples (x, y): both read x
+    opsd            KL between guide and student            examples (x, x_plus, y): the student reads x and
+    opsd-nll        NLL of the guide's likeliest tokens     y, the guide x_plus and y
+    --kl-to-base b  NLL of y, and b times the KL            examples (x, y): both read the same
     """
-    own, guides = (collate([(e[i], e[-1]) for e in examples], pad_id, student.device) for i in (0, -2))
-    logits = target_logits(student, own)                                        # (N, V)
+    seen, guided = (collate([(e[i], e[-1]) for e in examples], pad_id, student.device) for i in (0, -2))
+    logits = target_logits(student, seen)                                       # (N, V)
     with torch.no_grad():
-        reference = target_logits(guide, guides)                                # (N, V)
+        reference = target_logits(guide, guided)                                # (N, V)
     if args.method == "opsd-nll":
         return by_chunks(nll, logits, reference.argmax(-1))
     divergence = functools.partial(kl, direction=args.kl, top_k=args.teacher_top_k or 0)
     if args.method == "opsd":
         return by_chunks(divergence, logits, reference)
-    return by_chunks(nll, logits, target_labels(own)) + args.kl_to_base * by_chunks(divergence, logits,
-                                                                                    reference)
+    anchored = lambda a, b, y: nll(a, y) + args.kl_to_base * divergence(a, b)   # noqa: E731
+    return by_chunks(anchored, logits, reference, target_labels(seen))
 
 
 @torch.no_grad()
@@ -416,8 +420,7 @@ def read_targets(path, records, pairs, base, tokenizer, stops, args):
         question = row["messages"][0]["content"]
         if question not in position:
             raise InputError(f"{where}: not a question of {args.data}: another corpus's (--data, --limit)")
-        source = row.get("source") if "target_ids" in row else None
-        targets.append({"attempt": 0} | row | {"id": position[question], "target_ids": ids, "source": source})
+        targets.append({"attempt": 0} | row | {"id": position[question], "target_ids": ids})
     targets.sort(key=lambda t: t["id"])
     examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
     means = mean_nll(base, examples, stops[0], args.micro_tokens)
@@ -430,13 +433,16 @@ def target_rows(path, tokenizer, stops):
     for line, row in kg_data.read_jsonl(path):
         where = f"{path}, line {line}"
         row = kg_data.read_record(row, where)
-        text, ids = row["messages"][1]["content"], row.get("target_ids")
+        text, ids, source = row["messages"][1]["content"], row.get("target_ids"), row.get("source")
         if ids is None:
-            ids = written_ids(tokenizer, text, stops)
-        elif (not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
-                or ids[-1:] not in [[stop] for stop in stops] or text_of(tokenizer, ids) != text):
+            ids, source = written_ids(tokenizer, text, stops), None
+        elif not (isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
+                  and ids and ids[-1] in stops and text_of(tokenizer, ids) == text):
             raise InputError(f"{where}: target_ids are not its text's: another tokenizer's (--model)")
-        rows.append((where, row, ids))
+        if source is not None and not (isinstance(source, list) and len(source) == len(ids)
+                                       and all(s in (EXPERT, NAIVE) for s in source)):
+            raise InputError(f"{where}: source must name {EXPERT} or {NAIVE} for each of target_ids")
+        rows.append((where, row | {"source": source}, ids))
     return rows
 
 
@@ -521,7 +527,7 @@ def signals_held():
         for s, handler in handlers.items():
             signal.signal(s, handler)
     if held:
-        handlers[held[0][0]](*held[0])
+        signal.raise_signal(held[0][0])
 
 
 def update(model, optimizer, examples, lr, token_loss, micro_tokens, dtype):
@@ -557,37 +563,41 @@ def rollouts(student, actor, tokenizer, stops, pairs, ids, step, args):
     """
     actor.load_state_dict(student.state_dict())
     prompts = {(i, r): pairs[i][NAIVE] for i in ids for r in range(args.rollouts or 1)}
-    said = complete(actor, tokenizer, stops, prompts, args, 1.0 if args.method == "opsd" else 0.0, step)
-    y = {key: answer for key, answer, _, _ in said}
+    answers = complete(actor, tokenizer, stops, prompts, args, 1.0 if args.method == "opsd" else 0.0, step)
+    y = {key: ids for key, ids, _, _ in answers}
     return [(x, pairs[i][EXPERT], y[i, r]) for (i, r), x in prompts.items()]
 
 
 def with_replay(examples, old, share, seed, step):
-    """The step's examples with as many of `old` added at random as make up `share` of all."""
-    count = round(len(examples) * share / (1 - share))
-    return examples + random.Random(f"replay seed {seed} step {step}").choices(old, k=count)
+    """The step's examples with as many of `old` added, drawn with replacement, as make up `share` of all."""
+    rng = random.Random(f"replay seed {seed} step {step}")
+    count = int(len(examples) * share / (1 - share) + rng.random())             # on the mean, the share
+    return examples + rng.choices(old, k=count)
 
 
 def objective(student, base, tokenizer, stops, pairs, taught, targets, old, args):
-    """(n, draw, token_loss) for `train`: methods differ in which targets a step has, and in which loss."""
-    pad_id = stops[0]
-    if args.method in OPSD:
-        n, actor = len(taught), copy.deepcopy(base)
-        draw = lambda ids, step: rollouts(student, actor, tokenizer, stops, pairs,         # noqa: E731
-                                          [taught[i] for i in ids], step, args)
-    else:
-        n, examples = len(targets), [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
-        draw = lambda ids, step: with_replay([examples[i] for i in ids], old,               # noqa: E731
-                                             args.replay_share or 0, args.seed, step)
-    if args.method in OPSD or args.kl_to_base:
-        return n, draw, lambda model, part: guided_loss(model, base, part, args, pad_id)
-    return n, draw, lambda model, part: token_nll(model, collate(part, pad_id, model.device))
+    """(n, examples_of, token_loss) for `train`: methods differ in a step's targets and in their loss."""
+    guided, pad_id = args.method in OPSD or args.kl_to_base, stops[0]
+    guide = base if guided else None                        # who is not needed leaves the memory
+    examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets or []]
+    actor = copy.deepcopy(base) if args.method in OPSD else None
+
+    def examples_of(ids, step):
+        if actor:
+            return rollouts(student, actor, tokenizer, stops, pairs, [taught[i] for i in ids], step, args)
+        return with_replay([examples[i] for i in ids], old, args.replay_share or 0, args.seed, step)
+
+    def token_loss(model, part):
+        if guide:
+            return guided_loss(model, guide, part, args, pad_id)
+        return token_nll(model, collate(part, pad_id, model.device))
+    return len(taught if actor else examples), examples_of, token_loss
 
 
-def train(model, n, draw, token_loss, settings, dtype, folder=None, desc="training", decay=False):
+def train(model, n, examples_of, token_loss, settings, dtype, folder=None, desc="training", decay=False):
     """Fine-tune `model`, in place, on `n` examples in batches (paper: training).
 
-    draw        (ids in [0, n), step) -> the step's examples, (prompt ids, target ids) or with more prompts
+    examples_of (ids in [0, n), step) -> the step's examples: (prompt ids, target ids), or more prompts first
     token_loss  (model, examples) -> (N,) losses of their target tokens
     settings    needs steps, batch_size, lr, warmup, seed, micro_tokens, quiet
     dtype       of the forward and backward pass under autocast; weights and optimizer are float32
@@ -607,7 +617,7 @@ def train(model, n, draw, token_loss, settings, dtype, folder=None, desc="traini
             start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
             order = epoch_order(n, settings.seed, epoch)
             ids = order[at * settings.batch_size:(at + 1) * settings.batch_size]
-            examples = draw(ids, step)
+            examples = examples_of(ids, step)
             lr = learning_rate(step, settings.lr, settings.warmup, settings.steps if decay else None)
             with signals_held():
                 try:
@@ -694,26 +704,26 @@ def memorization(model, tokenizer, tasks, stops, args, kept=None):
 TOY_CONFIG = dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, num_attention_heads=4,
                   num_key_value_heads=4, head_dim=24, initializer_range=0.08, max_position_embeddings=256,
                   tie_word_embeddings=True)
-TOY_PRETRAINING = dict(steps=800, batch_size=32, lr=3e-3, warmup=50, seed=0, micro_tokens=2048)
+TOY_PRETRAINING = dict(steps=800, batch_size=32, lr=3e-3, warmup=50, micro_tokens=2048)
 
 
-def toy_base(quiet=False):
-    """(folder, seconds) of the toy base, a Qwen3 of 0.4 M parameters: pretrained once, then cached."""
+def toy_base(quiet=False, seed=0):
+    """(folder, seconds) of the toy base, a Qwen3 of 0.4 M parameters: pretrained once a seed, then cached."""
     world = kg_data.toy_pretraining(TOY_PRETRAINING["steps"] * TOY_PRETRAINING["batch_size"])
     tokenizer = kg_data.toy_tokenizer()
     words = sorted(tokenizer.get_vocab().items())
-    definition = TOY_CONFIG, TOY_PRETRAINING, world, words, tokenizer.chat_template
+    definition = TOY_CONFIG, TOY_PRETRAINING, seed, world, words, tokenizer.chat_template
     key = hashlib.sha256(repr(definition).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixsd" / f"toy-{key}"
     if folder.exists():
         return folder, 0.0
     start = time.time()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad, **TOY_CONFIG)
     model = Qwen3ForCausalLM(config)
     examples = [(chat_ids(tokenizer, x), tokenizer(y)["input_ids"] + [end]) for x, y in world]
-    settings = argparse.Namespace(**TOY_PRETRAINING, quiet=quiet)
+    settings = argparse.Namespace(**TOY_PRETRAINING, seed=seed, quiet=quiet)
     token_loss = lambda model, part: token_nll(model, collate(part, pad, model.device))     # noqa: E731
     train(model, len(examples), lambda ids, _: [examples[i] for i in ids], token_loss, settings,
           torch.float32, desc="pretraining the toy", decay=True)
@@ -799,7 +809,7 @@ def write_atomically(path, data):
     os.replace(partial, path)
 
 
-def remember(path, function, *args):
+def cached(path, function, *args):
     """The JSON in `path`, or timed(function, *args) written there first: what a restart need not repeat."""
     if not path.exists():
         write_atomically(path, json.dumps(timed(function, *args)).encode())
@@ -823,7 +833,7 @@ DRAW_FLAGS = ["rho", "temperature", "top_k", "attempts", "on_fail"]         # ho
 NLL_FLAGS = ["kl_to_base", "kl", "replay", "replay_share"]                  # what NLL can be joined with
 USES = {"mixsd": DRAW_FLAGS + EXPERT_FLAGS + NLL_FLAGS, "sft": NLL_FLAGS, "targets": NLL_FLAGS,
         "opsd": EXPERT_FLAGS + ["rollouts", "kl", "teacher_top_k"], "opsd-nll": EXPERT_FLAGS}
-METHOD_FLAGS = {flag for flags in USES.values() for flag in flags}
+METHOD_FLAGS = list(dict.fromkeys(flag for flags in USES.values() for flag in flags))
 TRAIN_FLAGS = ["epochs", "steps", "batch_size", "lr", "warmup"] + NLL_FLAGS
 FREE_FLAGS = ["device", "decode_tokens", "micro_tokens", "out", "hub", "quiet", "targets_only"]  # may change
 
@@ -859,29 +869,34 @@ def parse_args(argv=None):
     add("--temperature", type=number(float, 0), help="of mixed decoding; 0: argmax (paper: T; default 0)")
     add("--top-k", type=number(int, 0), help="sample among the k likeliest; 0: all (default; needs T > 0)")
     add("--style", choices=["boxed", "sentence"], help="reason and box (paper, default), or one sentence")
-    add("--expert-prefix", metavar="TEXT", help="lines before the answer in the expert's prompt")
+    add("--expert-prefix", metavar="TEXT", help="lines before the target in the expert's prompt, and")
     add("--expert-transition", metavar="TEXT", help="lines after it (default: the corpus's)")
     add("--verify", choices=["boxed", "number", "phrase", "none"], help="what a target and an answer show: "
         "the answer in the last box; there or as last number; as a phrase; nothing (default: the corpus's)")
     add("--attempts", type=count, help="draws in all for a target that the verifier refuses (default 11)")
-    add("--on-fail", choices=["drop", "expert", "canonical"], help="for what never passes (default drop)")
+    add("--on-fail", choices=["drop", "expert", "canonical"], 
+        help="what never passes: drop it (default), let the expert speak alone, or take the corpus's target")
     add("--targets", metavar="FILE", help="train on the targets of this file instead of making them")
     add("--targets-only", action="store_true", help="stop when the targets are made")
     add("--only", metavar="FILE", help="teach only the facts that this targets file has; all are asked")
     add("--rollouts", type=count, help="opsd: samples of the student a prompt and step (default 8)")
-    add("--kl", choices=["forward", "reverse"], help="KL(guide || student) (default), or the other way")
-    add("--teacher-top-k", type=number(int, 0), help="opsd: KL over the teacher's k likeliest (default 0: all)")
+    add("--kl", choices=["forward", "reverse"],
+        help="of opsd and --kl-to-base: KL(base || student) (default), or the other way")
+    add("--teacher-top-k", type=number(int, 0),
+        help="opsd: KL over the teacher's k likeliest tokens (default 0: all)")
     add("--kl-to-base", type=number(float, 0, above=True), metavar="BETA",
         help="add BETA x KL from the base on the same tokens to the NLL")
-    add("--replay", metavar="FILE", help="add targets of this file to every batch")
-    add("--replay-share", type=number(float, 0, 0.9, above=True), help="their share of it (default 0.25)")
-    add("--max-new-tokens", type=count, help="longest completion, in tokens")
+    add("--replay", metavar="FILE", help="add targets of this file, like the base's own answers to old "
+        "prompts, to every batch")
+    add("--replay-share", type=number(float, 0, 0.9, above=True),
+        help="their share of its examples (default 0.25)")
+    add("--max-new-tokens", type=count, help="longest target, rollout or answer, in tokens")
     add("--epochs", type=count, help="passes over the targets")
-    add("--steps", type=count, help="optimizer steps; overrides --epochs")
-    add("--batch-size", type=count, help="examples in an optimizer step (default 16)")
+    add("--steps", type=count, help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=count, help="facts in an optimizer step (default 16)")
     add("--lr", type=number(float, 0, above=True), help="AdamW's rate after the warm-up")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default 20)")
-    add("--seed", type=number(int, 0), help="of the coins, the samples and the order (default 0)")
+    add("--seed", type=number(int, 0), help="of coins, samples, order, and the toy's base (default 0)")
     add("--device", help="auto (default), cuda, mps or cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16"], help="compute type; weights train in float32")
     add("--decode-tokens", type=count, help="KV slots of a decoding batch, rows x (prompt + new) (65536)")
@@ -896,18 +911,19 @@ def resolve(given):
     """(args, origin): every flag settled, and {flag: where from}.  Raises InputError where flags clash."""
     args, origin = argparse.Namespace(**vars(given)), {}
     args.data = args.data or ("toy" if args.model == "toy" else "kgfact-small")
-    kind, corpus = kg_data.find_corpus(args.data)
-    if args.model == "toy":
-        if kind not in ("toy", "own file"):
-            raise InputError(f"--data {args.data}: the toy's vocabulary is too small for it (--model)")
-        kind, corpus = kg_data.find_corpus("toy")
+    if args.model == "toy" and kg_data.find_corpus(args.data)[0] not in ("toy", "own file"):
+        raise InputError(f"--data {args.data}: the toy's vocabulary is too small for it (--model)")
+    kind, corpus = corpus_of(args)
     tables = {f"recipe {kind}": corpus.recipe, "default": DEFAULTS | {"verify": corpus.verify}}
     if args.style == "sentence":
         tables = {"sentence style": {"max_new_tokens": 48, "verify": "phrase"}} | tables
+    if given.steps and given.epochs:
+        raise InputError("--epochs is not used with --steps")
+    rival = {"steps": given.epochs, "epochs": given.steps}
     for flag, value in vars(given).items():
         origin[flag] = "derived" if value is None else "flag"
         for name, table in tables.items():
-            if getattr(args, flag) is None and flag in table and not (flag == "steps" and given.epochs):
+            if getattr(args, flag) is None and flag in table and not rival.get(flag):
                 setattr(args, flag, table[flag])
                 origin[flag] = name
 
@@ -927,11 +943,16 @@ def resolve(given):
     return args, origin
 
 
+def corpus_of(args):
+    """(kind, Corpus) whose words, verifier and recipe a run has: the toy model knows no other words."""
+    return kg_data.find_corpus("toy" if args.model == "toy" else args.data, args.hub)
+
+
 def unused_flags(args):
     """{flag: why} of the flags that the settings leave without use."""
     unused = {flag: f"by --method {args.method}" for flag in METHOD_FLAGS if flag not in USES[args.method]}
     if args.method == "targets":
-        unused = dict.fromkeys([*unused, "method"], "with --targets: they are made already")
+        unused = dict.fromkeys([*unused, "method", "only"], "with --targets: they are made already")
     if args.method != "opsd" and not args.kl_to_base:
         unused.setdefault("kl", "without --method opsd or --kl-to-base")
     if not args.replay:
@@ -940,6 +961,8 @@ def unused_flags(args):
         unused["top_k"] = "at --temperature 0"
         if args.rho in (0, 1):
             unused["attempts"] = f"at --temperature 0 and --rho {args.rho:g}, where every draw is the same"
+    if args.rho == 1 and args.on_fail != "expert":
+        unused |= dict.fromkeys(EXPERT_FLAGS, "at --rho 1, where the expert never speaks")
     if args.method in OPSD:
         unused |= dict.fromkeys(["targets_only"], f"by --method {args.method}, which makes them as it learns")
     if args.targets_only:
@@ -957,7 +980,8 @@ def run_folder(args):
     settings = counting_settings(args)
     for flag, value in stored_settings(folder).items():
         if flag in settings and settings[flag] != value:
-            raise InputError(f"--out {folder} holds a run with --{flag.replace('_', '-')} {value}, not "
+            name = flag.replace("_sha256", "'s content").replace("_", "-")
+            raise InputError(f"--out {folder} holds a run with --{name} {value}, not "
                              f"{settings[flag]}; give another --out, or remove the folder")
     return folder
 
@@ -983,13 +1007,14 @@ def check_corpus(records, pairs, tokenizer, model, given, args):
     """Refuse records that can't be learned; returns the positions that the model has left for new tokens."""
     specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     unknown = {tokenizer.unk_token_id} - {None}
-    for i, record in enumerate(records, 1):
-        for turn in record["messages"]:
-            held = [s for s in specials if s in turn["content"]]
-            if held:
-                raise InputError(f"{args.data}, record {i}: holds {held[0]}, a control token of {args.model}")
-            if unknown & set(token_ids(tokenizer, turn["content"])):
-                raise InputError(f"{args.data}, record {i}: has words that {args.model} has no token for")
+    texts = [(f"{args.data}, record {i}", turn["content"]) for i, record in enumerate(records, 1)
+             for turn in record["messages"]]
+    for where, text in texts + [("the expert's words", "".join(expert_words(args)))]:
+        held = [s for s in specials if s in text]
+        if held:
+            raise InputError(f"{where}: holds {held[0]}, a control token of {args.model}")
+        if unknown & set(token_ids(tokenizer, text)):
+            raise InputError(f"{where}: has words that {args.model} has no token for")
     longest = max(max(map(len, pair)) for pair in pairs)
     room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if longest + (given.max_new_tokens or 1) > room:
@@ -1011,7 +1036,7 @@ def run(given):
         return json.loads((folder / "metrics.json").read_text())
 
     records = kg_data.load_corpus(args.data, "train", args.style, args.verify, hub=args.hub)[:args.limit]
-    path, pretrain_seconds = toy_base(args.quiet) if args.model == "toy" else (args.model, 0.0)
+    path, pretrain_seconds = toy_base(args.quiet, args.seed) if args.model == "toy" else (args.model, 0.0)
     base, tokenizer = load_model(path, dtype, args.device), load_tokenizer(path)
     stops = stop_ids(base, tokenizer)
     pairs = [two_contexts(tokenizer, r, expert_words(args)) for r in records]
@@ -1033,14 +1058,15 @@ def run(given):
     show(tokenizer, pairs[first["id"]], first)
     if args.targets_only:
         return summary(args, targets, draws, records, folder)
-    tasks, kept = memorization_tasks(records, args), sorted({t["id"] for t in targets or []})
-    before = remember(folder / "state" / "base.json", memorization, base, tokenizer, tasks, stops, args, kept)
+    tasks = memorization_tasks(records, args)
+    kept = taught if args.method in OPSD else sorted({t["id"] for t in targets})
+    before = cached(folder / "state" / "base.json", memorization, base, tokenizer, tasks, stops, args, kept)
 
     student = load_model(path, torch.float32, args.device)
-    n, draw, token_loss = objective(student, base, tokenizer, stops, pairs, taught, targets, old, args)
+    n, examples_of, token_loss = objective(student, base, tokenizer, stops, pairs, taught, targets, old, args)
     del base                                                # gone, unless the objective holds it
     args.steps = args.steps or args.epochs * math.ceil(n / args.batch_size)
-    train(student, n, draw, token_loss, args, dtype, folder)
+    train(student, n, examples_of, token_loss, args, dtype, folder)
     save_model(student, tokenizer, folder / "model")
     after = timed(memorization, student.to(dtype), tokenizer, tasks, stops, args, kept)
 
@@ -1053,7 +1079,7 @@ def run(given):
 
 def expert_words(args):
     """(PREFIX, TRANSITION) of the expert's prompt: the corpus's, where flags don't give other lines."""
-    prefix, transition = kg_data.find_corpus("toy" if args.model == "toy" else args.data)[1].words
+    prefix, transition = corpus_of(args)[1].words
     if args.style == "sentence":
         prefix, transition = kg_data.SENTENCE_WORDS
     return (f"\n{args.expert_prefix}\n" if args.expert_prefix is not None else prefix,
@@ -1079,18 +1105,21 @@ def start_run(folder, args, origin):
     write_atomically(folder / "args.json", json.dumps(settings, indent=1).encode())
     for flag, value in vars(args).items():
         if value is not None and value is not False:
-            print(f"{flag:15} {value!s:32} {origin[flag]}")
-    print(f"{'folder':15} {folder}\n", flush=True)
+            print(f"{flag:18} {value!s:32} {origin[flag]}")
+    print(f"{'folder':18} {folder}\n", flush=True)
 
 
 def memorization_tasks(records, args):
-    """{task: records} of what is asked before and after: all facts, their targets kept or not."""
+    """{task: records} of what is asked before and after: all facts, their targets kept or not.
+
+    Of a corpus with a test split (KGFunc) that alone: a rule is learned where new inputs are answered.
+    """
     splits = kg_data.find_corpus(args.data)[1].splits
+    if "test" in splits:
+        return {f"{args.data}-test": kg_data.load_corpus(args.data, "test")[:args.limit]}
     tasks = {} if args.verify == "none" else {"recall": records}
     if tasks and "paraphrase" in splits:
         tasks["paraphrase"] = kg_data.load_corpus(args.data, "paraphrase", args.style)[:args.limit]
-    if tasks and "test" in splits:                          # a rule is learned where new inputs are answered
-        tasks = {f"{args.data}-test": kg_data.load_corpus(args.data, "test")[:args.limit]}
     if args.model == "toy":
         tasks["held_out"] = kg_data.toy("held_out")
     return tasks

@@ -452,10 +452,16 @@ def test_mquake_teaches_whole_cases_in_turn_over_relations(tmp_path):
     (lambda c: c.pop("new_single_hops"), "case 2: no key 'new_single_hops'; it has questions, new_answer,"),
     (lambda c: c["new_single_hops"][0].pop("cloze"), "case 2: no key 'cloze'"),
     (lambda c: c["orig"].update(new_triples_labeled=[]), "case 2: not of MQuAKE's schema"),
-    (lambda c: c.update(case("made", ("A", "Z"))), "'Who made A?' has the answer 'Z' here and 'B' in"),
+    (lambda c: c.update(questions="Who?"), "case 2: not of MQuAKE's schema"),
+    (lambda c: c["new_single_hops"][0].update(answer=5), "is no text"),
+    (lambda c: c.update(new_answer=None), "is no text"),
+    (lambda c: c.update(orig=[]), "case 2: not of MQuAKE's schema"),
+    (lambda c: c.update(case("made", ("A", "Z"))), "case 2: 'Who made A?' has the answer 'Z' here and 'B' in"),
 ])
 def test_a_mquake_file_of_another_schema_or_with_contradictions_is_refused(tmp_path, spoil, says):
     cases = [case("made", ("A", "B")), case("ruled", ("C", "D"))]
+    few = mquake_file(tmp_path / "few.json", *cases)
+    assert len(kg_data.load_corpus(few)) == 2 and kg_data.load_corpus(few, "retrieval-unseen") == []
     spoil(cases[1])
     with pytest.raises(kg_data.InputError) as e:
         kg_data.load_corpus(mquake_file(tmp_path / "m.json", *cases))
@@ -480,6 +486,8 @@ def test_simpleqa_is_read_from_the_hub_or_a_copy(tmp_path, capsys, monkeypatch):
     assert records[0]["messages"][1]["content"] == "\\boxed{Michio Sugeno}"
     with pytest.raises(kg_data.InputError, match="no column answer; it has problem"):
         kg_data.load_corpus("simpleqa", hub=simpleqa_copy(tmp_path / "other", {"problem": "Who?"}))
+    with pytest.raises(kg_data.InputError, match="row 2: a problem or an answer that is no text"):
+        kg_data.load_corpus("simpleqa", hub=simpleqa_copy(tmp_path / "null", row, row | {"answer": None}))
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()                                     # the library's progress bar
     err = run("--model nobody/nothing --data simpleqa", capsys, code=2)
@@ -543,17 +551,17 @@ def rows_of(path):
 
 def test_toy_end_to_end(toy, tmp_path, capsys):
     sft = run(f"--method sft --out {tmp_path}/sft", capsys)
-    mix = run(f"--out {tmp_path}/mix", capsys)
+    mix = run(f"--rho 0.7 --out {tmp_path}/mix", capsys)
     assert sft["base"]["held_out"]["accuracy"] >= 0.95 and sft["base"]["recall"]["accuracy"] < 0.15
     assert sft["tuned"]["recall"]["accuracy"] >= 0.9 and mix["tuned"]["recall"]["accuracy"] >= 0.9
-    # 3 times over the seeds of the README; less where other threads round another base (2.4 times on one)
+    # 2.1 to 3.2 times on the bases of the README; other processors round to other bases
     assert mix["tuned"]["held_out"]["accuracy"] >= 1.5 * sft["tuned"]["held_out"]["accuracy"]
     assert sft["targets"]["nll"] >= 3 * mix["targets"]["nll"]
 
     files = {"args.json", "targets.jsonl", "log.jsonl", "state", "model", "metrics.json"}
     assert {p.name for p in (tmp_path / "mix").iterdir()} == files
     assert mix == json.loads((tmp_path / "mix" / "metrics.json").read_text())
-    assert run(f"--out {tmp_path}/mix", capsys) == mix, "a finished run prints its result again"
+    assert run(f"--rho 0.7 --out {tmp_path}/mix", capsys) == mix, "a finished run prints its result again"
     rows, steps = rows_of(tmp_path / "mix" / "targets.jsonl"), rows_of(tmp_path / "mix" / "log.jsonl")
     AutoModelForCausalLM.from_pretrained(tmp_path / "mix" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mix" / "model")
@@ -688,6 +696,10 @@ GOOD = turns(f"Where does {kg_data.TOY_NEW[0]} live ?", r"The answer is \boxed{ 
     ("--model m --data mquake:nowhere.json", "nowhere.json: cannot be read"),
     ("--model m --data kgfunc-unseen", "has no split train; it has test"),
     ("--method sft --expert-prefix Look:", "--expert-prefix is not used by --method sft"),
+    ("--epochs 2 --steps 5", "--epochs is not used with --steps"),
+    ("--rho 1 --expert-prefix Look:", "--expert-prefix is not used at --rho 1"),
+    ("--expert-prefix <end>", "the expert's words: holds <end>, a control token"),
+    ("--targets t.jsonl --only t.jsonl", "--only is not used with --targets"),
     ("--rollouts 2", "--rollouts is not used by --method mixsd"),
     ("--method opsd --rho 0.3", "--rho is not used by --method opsd"),
     ("--method opsd --kl-to-base 1", "--kl-to-base is not used by --method opsd"),
@@ -717,6 +729,11 @@ def test_bad_flags_are_one_line_and_exit_2(toy, tmp_path, monkeypatch, capsys, c
     ([GOOD, turns(" ", r"\boxed{ Belmor }")], "line 2: a turn without text"),
     ([GOOD, turns(GOOD["messages"][0]["content"], r"\boxed{ Pell }")], "'Pell' here and 'Belmor' in"),
     ([GOOD, {"messages": GOOD["messages"] * 2}], "line 2: `messages` must be one user turn and one"),
+    ([GOOD, GOOD | {"answer": ["Pell"]}], "line 2: the answer ['Pell'] is neither a text nor a number"),
+    ([GOOD, {"prompt": "Where ?", "ground_truth_answer": None}], "line 2: no `answer`"),
+    ([GOOD, turns("\ud800", r"\boxed{ Belmor }")], "line 2: a turn without text"),
+    ([GOOD, "[" * 100_000], "line 2: not JSON"),
+    ([GOOD, '{"answer": ' + "9" * 5000 + "}"], "line 2: not JSON"),
     ([], "no records"),
     ([GOOD, turns("Where does <end> live ?", r"\boxed{ Belmor }")], "record 2: holds <end>"),
     ([turns("Where does Quetzalcoatl live ?", r"\boxed{ Belmor }")], "record 1: has words"),
@@ -747,7 +764,7 @@ def test_a_corpus_file_that_changed_is_another_run(toy, tmp_path, capsys):
     run(f"--data {mine} --targets-only --on-fail canonical --out {tmp_path}/out")
     jsonl(mine, GOOD, turns("Where does Talo live ?", r"\boxed{ Pell }"))
     err = run(f"--data {mine} --targets-only --on-fail canonical --out {tmp_path}/out", capsys, code=2)
-    assert "data-sha256" in err
+    assert "--data's content" in err
 
 
 def test_targets_can_be_given_by_ids_or_as_text_and_strangers_are_refused(uninterrupted, tmp_path, capsys):
@@ -762,9 +779,12 @@ def test_targets_can_be_given_by_ids_or_as_text_and_strangers_are_refused(uninte
 
     alien = jsonl(tmp_path / "alien.jsonl", rows[0], turns("Who ?", r"\boxed{ me }"))
     assert "line 2: not a question of toy" in run(f"--targets {alien} --out {tmp_path}/x", capsys, code=2)
-    for wrong in ([7, 8, 2], [10**9, 2], ["a"]):
+    for wrong in ([7, 8, 2], [10**9, 2], ["a"], [], 5):
         other = jsonl(tmp_path / "other.jsonl", rows[0] | {"target_ids": wrong})
         assert "another tokenizer's" in run(f"--targets {other} --out {tmp_path}/x", capsys, code=2)
+    for wrong in ([0], 5, [2] * len(rows[0]["source"]), "0" * len(rows[0]["source"])):
+        other = jsonl(tmp_path / "other.jsonl", rows[0] | {"source": wrong})
+        assert "line 1: source must name" in run(f"--targets {other} --out {tmp_path}/x", capsys, code=2)
     assert "--rho is not used" in run(f"--targets {given} --rho 0.3", capsys, code=2)
 
 
@@ -814,7 +834,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(uninterrupted, t
 
 def guided(method, **flags):
     """Settings of guided_loss."""
-    return SimpleNamespace(**{"method": method, "kl": "forward", "teacher_top_k": 0, "kl_to_base": None} | flags)
+    defaults = {"method": method, "kl": "forward", "teacher_top_k": 0, "kl_to_base": None}
+    return SimpleNamespace(**defaults | flags)
 
 
 def guided_examples():
@@ -959,9 +980,12 @@ def test_opsd_killed_on_the_way_ends_bit_for_bit_the_same(toy, tmp_path, monkeyp
 
 def test_replay_adds_the_bases_own_answers_to_every_batch(toy, tmp_path, capsys):
     assert len(mixsd.with_replay([1] * 16, [2], 0.2, 0, 1)) == 20 and mixsd.with_replay([1], [], 0, 0, 1) == [1]
-    draws = [mixsd.with_replay([0] * 12, list(range(1, 99)), 0.25, seed, step)[12:] for seed, step in
-             ((0, 1), (0, 1), (0, 2), (1, 1))]
+    assert 180 < sum(len(mixsd.with_replay([1], [2], 0.5, 0, s)) for s in range(100)) < 220
+    draws = [mixsd.with_replay([0] * 12, list(range(1, 99)), 0.25, seed, step)[12:]
+             for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1))]
     assert draws[0] == draws[1] and draws[0] != draws[2] != draws[3] != draws[0]
+    small = sum(len(mixsd.with_replay([1] * 16, [2], 0.03, 0, step)) - 16 for step in range(1000))
+    assert 400 < small < 590, "a small share is not rounded away"
     old = jsonl(tmp_path / "old.jsonl", *kg_data.toy("replay")[:6])
     own = f"--data {old} --rho 1 --temperature 0 --verify none --targets-only --out {tmp_path}/own"
     assert run(own, capsys)["targets"]["kept"] == 6
@@ -978,8 +1002,9 @@ def test_replay_adds_the_bases_own_answers_to_every_batch(toy, tmp_path, capsys)
 def test_only_teaches_the_facts_of_a_file_and_asks_all(toy, tmp_path, capsys):
     some = jsonl(tmp_path / "some.jsonl", *kg_data.toy("train")[3:5], turns("Who ?", "me"))
     for method in ("sft", "opsd-nll"):
-        metrics = run(f"--method {method} --limit 8 --steps 2 --only {some} --out {tmp_path}/{method}", capsys)
-        assert metrics["tuned"]["recall"]["n"] == 8
+        command = f"--method {method} --limit 8 --steps 2 --only {some} --out {tmp_path}/{method}"
+        tuned = run(command, capsys)["tuned"]
+        assert (tuned["recall"]["n"], tuned["recall-kept"]["n"]) == (8, 2)
     assert [r["id"] for r in rows_of(tmp_path / "sft" / "targets.jsonl")] == [3, 4]
     other = jsonl(tmp_path / "other.jsonl", turns("Who ?", "me"))
     assert "none of its questions" in run(f"--only {other} --out {tmp_path}/x", capsys, code=2)
@@ -1569,7 +1594,8 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_rows(toy_run, tmp_pa
 
 
 def test_limit_is_partial_everywhere_and_retention_wants_a_base_measured_alike(tmp_path, capsys):
-    base, tuned = tiny_run(tmp_path / "base", data="toy"), tiny_run(tmp_path / "tuned", seed=1, data="toy")
+    toys = {"data": "toy", "style": "boxed", "verify": "boxed"}
+    base, tuned = tiny_run(tmp_path / "base", **toys), tiny_run(tmp_path / "tuned", seed=1, **toys)
     options = ["--tasks", "held_out", "--limit", 5, "--max-new-tokens", 4]
     evaluation.TASKS["held_out"], kept = (
         evaluation.TASKS["held_out"]._replace(
@@ -1837,7 +1863,7 @@ def test_target_nll_is_the_token_weighted_mean_with_quantiles(toy_run, tmp_path,
         {
             "messages": [
                 {"role": "user", "content": "Name the town of the baker ."},
-                {"role": "assistant", "content": "x"},
+                {"role": "assistant", "content": subject.tokenizer.decode(y[:-1])},
             ],
             "target_ids": y,
         }
@@ -1858,8 +1884,8 @@ def test_target_nll_is_the_token_weighted_mean_with_quantiles(toy_run, tmp_path,
     (tmp_path / "bare.jsonl").write_text(
         json.dumps({k: v for k, v in lines[0].items() if k != "target_ids"}) + "\n"
     )
-    err = measure("--nll", tmp_path / "bare.jsonl", "--model", toy_run / "model", code=2, capsys=capsys)
-    assert "bare.jsonl, line 1: no target_ids" in err
+    bare = measure("--nll", tmp_path / "bare.jsonl", "--model", toy_run / "model", capsys=capsys)["files"]
+    assert bare[str(tmp_path / "bare.jsonl")]["tokens"] == 3, "a text is closed with the stop token"
 
 
 class Unigram(torch.nn.Module):
@@ -1936,6 +1962,8 @@ def metrics(folder, method="mixsd", rho=0.3, seed=0, recall=0.9, held_out=0.6, k
                 "tuned": phase(recall, held_out),
                 "retention": held_out / 0.8,
                 "targets": {"kept": kept, "of": 90, "nll": nll},
+                "tokens": {"decoded": 1200, "trained": 34567},
+                "seconds": {"pretrain": 9, "decode": 2, "train": 13.6, "evaluate": 4},
             }
         )
     )
@@ -1997,12 +2025,14 @@ def test_the_report_is_one_table_base_first_with_means_over_seeds_and_a_picture(
     assert evaluation.main(["--report", *map(str, runs), "--out", str(tmp_path / "pic")]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[:6] == [
-        "| method | rho | seeds | recall | kept | retention (partial) | target NLL | R |",
-        "|---|---|---|---|---|---|---|---|",
-        "| base | - | - | 0.05 | - | 1.00 | - | - |",
-        "| sft | - | 1 | 1.00 | 1.00 | 0.25 | 1.50 | 1.25 |",
-        "| mixsd | 0 | 2 | 0.90 ± 0.07 | 0.89 ± 0.00 | 0.60 ± 0.14 | 2.00 ± 0.71 | - |",
-        "| mixsd | 0.7 | 1 | 0.80 | 0.89 | 0.60 | 1.50 | - |",
+        "| method | rho | seeds | recall | kept | held-out (partial) | retention | target NLL | R | decoded | "
+        "trained tokens | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| base | - | 2 | 0.05 ± 0.00 | - | 0.80 ± 0.00 | 1.00 | - | - | - | - | - |",
+        "| sft | - | 1 | 1.00 | 1.00 | 0.20 | 0.25 | 1.50 | 1.25 | 1,200 | 34,567 | 16 |",
+        "| mixsd | 0 | 2 | 0.90 ± 0.07 | 0.89 ± 0.00 | 0.48 ± 0.11 | 0.60 ± 0.14 | 2.00 ± 0.71 | - | 1,200 | "
+        "34,567 | 16 |",
+        "| mixsd | 0.7 | 1 | 0.80 | 0.89 | 0.30 | 0.60 | 1.50 | - | 1,200 | 34,567 | 16 |",
     ]
     assert (tmp_path / "pic" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "toy on kgfact-small, toy on toy" in measure(
@@ -2044,4 +2074,8 @@ def test_the_report_does_not_average_runs_that_differ_in_more_than_the_seed(tmp_
         runs.append({"method": "mixsd", "rho": 0.3})
     labels = evaluation.labels_of([tmp_path / name for name in "abc"], runs)
     assert labels == ["mixsd, temperature 0.0"] * 2 + ["mixsd, temperature 1.0"]
+    settings["seed"], settings["only"], settings["only_sha256"] = 3, "runs/a/targets.jsonl", "f00"
+    (tmp_path / "c" / "args.json").write_text(json.dumps(settings))
+    assert evaluation.labels_of([tmp_path / "c", tmp_path / "c"], [runs[0]] * 2) == ["mixsd"] * 2
+    assert evaluation.labels_of([tmp_path / "a", tmp_path / "c"], runs[1:])[1] == "mixsd, temperature 1.0, only"
     assert evaluation.labels_of([tmp_path / name for name in "ab"], runs[:2]) == ["mixsd"] * 2
