@@ -753,6 +753,7 @@ def read_run(folder):
         before, after = e["base_average"], e["average"]
     return {"model": m["model"], "data": m["data"], "method": m["method"], "rho": m["rho"], "seed": m["seed"],
             "base_recall": accuracy("base", "recall"), "recall": accuracy("tuned", "recall"),
+            "base_paraphrase": accuracy("base", "paraphrase"), "paraphrase": accuracy("tuned", "paraphrase"),
             "kept": targets["kept"] / targets["of"] if targets else None, "nll": targets.get("nll"),
             "base_held_out": before, "held_out": after,
             "retention": after / before if before else None, "drop": before - after if before else None,
@@ -793,13 +794,14 @@ def report(args):
     for r in sorted(runs, key=lambda r: (r["method"].startswith("mixsd"), r["method"], r["rho"] or 0)):
         groups.setdefault((r["method"], r["rho"]), []).append(r)
     partial = " (partial)" if any(r["partial"] for r in runs) else ""
-    columns = {"recall": "recall", "kept": "kept", "held_out": f"held-out{partial}",
-               "retention": "retention", "nll": "target NLL", "R": "R", "decoded": "decoded",
-               "trained": "trained tokens", "seconds": "s"}
+    columns = {"kept": "kept", "recall": "recall", "paraphrase": "paraphrase",
+               "held_out": f"held-out{partial}", "retention": "retention", "nll": "target NLL", "R": "R",
+               "decoded": "decoded", "trained": "trained tokens", "seconds": "s"}
     print(f"| method | rho | seeds | {' | '.join(columns.values())} |\n|" + "---|" * (3 + len(columns)))
     bases = {run["seed"]: run for run in runs}.values()     # the toy has a base a seed
-    base, held_out = (mean_and_spread([r[k] for r in bases]) for k in ("base_recall", "base_held_out"))
-    print(f"| base | - | {len(bases)} | {base} | - | {held_out} | 1.00 |{' - |' * (len(columns) - 4)}")
+    cells = ["1.00" if k == "retention" else mean_and_spread([run.get(f"base_{k}") for run in bases])
+             for k in columns]
+    print(f"| base | - | {len(bases)} | {' | '.join(cells)} |")
     for (method, rho), group in groups.items():
         cells = [mean_and_spread([r[k] for r in group], 0 if k in ("decoded", "trained", "seconds") else 2)
                  for k in columns]
@@ -821,14 +823,18 @@ def frontier(groups, base_recall, partial, path):
     figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=150)
     marks = {("base", None): [(1.0, base_recall)]}
     marks |= {key: [(r["retention"], r["recall"]) for r in group] for key, group in groups.items()}
-    lines = {}                                              # label: the means of its rhos
+    lines, colors = {}, "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
+    looks = zip(colors * 9, "sD^vPX<>" * 9)                 # of methods without a rho, as they come
     for (method, rho), points in marks.items():
         points = [point for point in points if None not in point]
         if not points:
             continue
-        styles = {"base": ("black", "*"), "sft": ("tab:red", "s"), "mixsd": (plt.cm.viridis_r(rho or 0), "o")}
-        color, mark = styles.get(method.split(",")[0], ("tab:purple", "D"))
-        if method.startswith("mixsd"):
+        if method == "base":
+            color, mark = "black", "*"
+        elif not method.startswith("mixsd"):
+            color, mark = next(looks)
+        else:
+            color, mark = plt.cm.viridis_r(rho), "o"
             lines.setdefault(method, []).append([statistics.fmean(side) for side in zip(*points)])
         axes.scatter(*zip(*points), color=color, marker=mark, s=70, zorder=3, edgecolors="white", alpha=0.8,
                      label=method if rho is None else f"{method}, ρ = {rho:g}")
