@@ -874,7 +874,7 @@ def parse_args(argv=None):
     add("--verify", choices=["boxed", "number", "phrase", "none"], help="what a target and an answer show: "
         "the answer in the last box; there or as last number; as a phrase; nothing (default: the corpus's)")
     add("--attempts", type=count, help="draws in all for a target that the verifier refuses (default 11)")
-    add("--on-fail", choices=["drop", "expert", "canonical"], 
+    add("--on-fail", choices=["drop", "expert", "canonical"],
         help="what never passes: drop it (default), let the expert speak alone, or take the corpus's target")
     add("--targets", metavar="FILE", help="train on the targets of this file instead of making them")
     add("--targets-only", action="store_true", help="stop when the targets are made")
