@@ -473,17 +473,17 @@ def kgfunc(name, split, seed=0):
     values = KGFUNC_UNSEEN if unseen else {label: value for label, (value, _) in KGFUNC.items()}
     rng = random.Random(f"kgfunc shots {seed}")
     shots = [n for k in range(5) for n in sorted(rng.sample(range(10 ** k if k else 0, 10 ** (k + 1)), 2))]
-    free, inputs = sorted(set(range(100_000)) - set(shots)), {}
-    for label in values:
+    free, inputs, shown = sorted(set(range(100_000)) - set(shots)), {}, {}
+    for label, value in values.items():
+        shown[label] = "\n\n".join(f"Input: {shot}\nOutput: {value(digits(shot))}" for shot in shots)
         drawn = random.Random(f"kgfunc {label} {seed}").sample(free, sum(KGFUNC_COUNTS.values()))
         count = 25 if unseen else KGFUNC_COUNTS["train"]
         inputs[label] = drawn[:count] if unseen or split == "train" else drawn[count:]
     for of_each in zip(*inputs.values()):
         for n, (label, value) in zip(of_each, values.items()):
-            examples = "\n\n".join(f"Input: {shot}\nOutput: {value(digits(shot))}" for shot in shots)
             question = ("Based on the input–output examples below, infer the rule implemented by function "
                         f"{label}. Then apply the same rule to determine the output for the given input.\n\n"
-                        f"Examples:\n{examples}\n\nQuestion:\nWhat is the output of {label}({n})?\n\n")
+                        f"Examples:\n{shown[label]}\n\nQuestion:\nWhat is the output of {label}({n})?\n\n")
             answer = str(value(digits(n)))
             fact = f"{label}({n}) = {answer}"
             steps = [] if unseen else [f"The digits of {n} are {digits(n)}.", *KGFUNC[label][1](digits(n))]

@@ -577,8 +577,8 @@ def with_replay(examples, old, share, seed, step):
 
 def objective(student, base, tokenizer, stops, pairs, taught, targets, old, args):
     """(n, examples_of, token_loss) for `train`: methods differ in a step's targets and in their loss."""
-    guided, pad_id = args.method in OPSD or args.kl_to_base, stops[0]
-    guide = base if guided else None                        # who is not needed leaves the memory
+    guide = base if args.method in OPSD or args.kl_to_base else None            # else the base leaves memory
+    pad_id = stops[0]
     examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets or []]
     actor = copy.deepcopy(base) if args.method in OPSD else None
 

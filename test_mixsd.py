@@ -555,7 +555,7 @@ def test_toy_end_to_end(toy, tmp_path, capsys):
     assert sft["base"]["held_out"]["accuracy"] >= 0.95 and sft["base"]["recall"]["accuracy"] < 0.15
     assert sft["tuned"]["recall"]["accuracy"] >= 0.9 and mix["tuned"]["recall"]["accuracy"] >= 0.9
     # 2.2 to 3.2 times on the bases of the README; other processors round to other bases
-    assert mix["tuned"]["held_out"]["accuracy"] >= 1.5 * sft["tuned"]["held_out"]["accuracy"]
+    assert mix["tuned"]["held_out"]["accuracy"] >= 2 * sft["tuned"]["held_out"]["accuracy"]
     assert sft["targets"]["nll"] >= 3 * mix["targets"]["nll"]
 
     files = {"args.json", "targets.jsonl", "log.jsonl", "state", "model", "metrics.json"}
