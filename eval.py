@@ -37,6 +37,7 @@ group to stay behind.  The data set's own tests are trusted.  For a model you di
 """
 import argparse
 import contextlib
+import copy
 import ctypes
 import functools
 import importlib.util
@@ -62,6 +63,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import kg_data
 import mixsd
@@ -633,7 +635,7 @@ def target_nll(args):
     for path in args.nll:
         examples = mixsd.read_examples(path, tokenizer, stops)
         parts = mixsd.batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, args.micro_tokens)
-        nll = torch.cat([mixsd.token_nll(model, mixsd.collate([examples[i] for i in part], 0, model.device))
+        nll = torch.cat([mixsd.token_nll(model, mixsd.collate([examples[i] for i in part], 0, model))
                          for part in parts]).cpu().double().sort().values       # (N,) nats
         files[path] = {"targets": len(examples), "tokens": len(nll), "mean": nll.mean().item(),
                        "above_5": (nll > 5).double().mean().item(),
@@ -659,7 +661,7 @@ def fisher_diagonal(model, examples, pad_id, quiet=True):
         return hook
     hooks = [p.register_post_accumulate_grad_hook(squaring(name)) for name, p in model.named_parameters()]
     for example in tqdm(examples, "fisher", disable=quiet):
-        mixsd.token_nll(model, mixsd.collate([example], pad_id, model.device)).sum().backward()
+        mixsd.token_nll(model, mixsd.collate([example], pad_id, model)).sum().backward()
     for hook in hooks:
         hook.remove()
     return fisher
@@ -738,6 +740,215 @@ def fisher_runs(args):
     r = {f"drop_{key}": correlation([(drops[run], runs[run][key]) for run in runs])
          for key in ("R", "squared_distance")}
     return {"runs": runs, "correlation": r, "peak_gib": mixsd.peak_gib()}
+
+
+# ------------------------------------------------------------------------------------------------- how fast
+
+PARTS = ["decode", "generate", "generate-float32", "resubmit", "train", "trl"]
+ROUNDS = 5                                                  # of each part in turn, after one to warm up
+
+
+def bench(args):
+    """Time the parts of args.bench side by side; returns {part: medians, spread, tokens/s, peak, floor}.
+
+    decode    mixed decoding of args.batch_size examples of KGFact (sentence style) to args.max_new_tokens, no
+              stop; also its prefill alone, and a step, from the difference
+    generate  model.generate on the same rows; generate-float32: in float32
+    resubmit  the definition: prompt and prefix of who speaks, read anew for every token
+    train     an optimizer step on as many canonical targets;  trl: the same in TRL's SFTTrainer
+    """
+    model, tokenizer = bench_model(args, getattr(torch, args.dtype)), mixsd.load_tokenizer(args.model)
+    facts = kg_data.load_corpus("kgfact-small", "train", "sentence")
+    records, stops = [facts[i % len(facts)] for i in range(args.batch_size)], [model.config.vocab_size - 1]
+    pairs = [mixsd.two_contexts(tokenizer, r, kg_data.SENTENCE_WORDS) for r in records]
+    contexts, T = [list(context) for context in zip(*pairs)], args.max_new_tokens or 48
+    source = mixsd.draw_sources(0.3, T, args.seed, range(args.batch_size))
+    prompts = [prompt for context in contexts for prompt in context]
+    examples = [(naive, mixsd.written_ids(tokenizer, r["messages"][1]["content"], stops))
+                for (_, naive), r in zip(pairs, records)]
+    decoded, trained = args.batch_size * T, sum(len(x) + len(y) for x, y in examples)
+
+    jobs = {}                                               # part: (what to time, its tokens)
+    if "decode" in args.bench:
+        prefill = torch.no_grad()(functools.partial(mixsd.prefill, model, contexts, stops[0]))
+        jobs["prefill"] = prefill, sum(map(len, prompts))
+        jobs["decode"] = lambda: mixsd.decode(model, contexts, source, stops, compiled=args.compile), decoded
+    if "generate" in args.bench:
+        jobs["generate"] = generating(model, prompts, T, stops), decoded
+    if "generate-float32" in args.bench:
+        jobs["generate-float32"] = generating(bench_model(args, torch.float32), prompts, T, stops), decoded
+    if "resubmit" in args.bench:
+        jobs["resubmit"] = lambda: resubmit(model, contexts, source, stops[0]), decoded
+    if "train" in args.bench:
+        jobs["train"] = training(model, examples, args), trained
+    measured = {part: [] for part in jobs}
+
+    def a_round():
+        for part, (job, _) in jobs.items():
+            measured[part].append(measure(job, args.device))
+    if "trl" in args.bench:
+        measured["trl"], jobs["trl"] = trl_rounds(model, tokenizer, records, a_round, args), (None, trained)
+    else:
+        for _ in tqdm(range(1 + ROUNDS), "rounds", disable=args.quiet):
+            a_round()
+    return bench_results(model, jobs, measured, prompts, examples, T, args)
+
+
+def bench_model(args, dtype):
+    """The model of --bench: with random weights where its folder has a config and no weights."""
+    if not Path(args.model).is_dir() or list(Path(args.model).glob("*.safetensors")):
+        return mixsd.load_model(args.model, dtype, args.device)
+    torch.manual_seed(args.seed)
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(mixsd.load(AutoConfig, args.model), dtype=dtype)
+    return mixsd.ready(model, args.device)
+
+
+def generating(model, prompts, T, stops):
+    """A call of the library's greedy decoding on prompts."""
+    ids, mask = (t.to(model.device) for t in mixsd.left_pad(prompts, stops[0]))
+    return lambda: model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=T,
+                                  eos_token_id=stops[0], pad_token_id=stops[0])
+
+
+@torch.no_grad()
+def resubmit(model, contexts, source, pad_id):
+    """(B, T) ids by the definition of mixed decoding, which knows no cache."""
+    y = [[] for _ in contexts[0]]
+    for speakers in source.T.tolist():
+        texts = [contexts[c][i] + y[i] for i, c in enumerate(speakers)]
+        ids, mask = (t.to(model.device) for t in mixsd.left_pad(texts, pad_id))
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                       logits_to_keep=1).logits[:, -1]                          # (B, V)
+        for row, token in zip(y, logits.argmax(-1).tolist()):
+            row.append(token)
+    return torch.tensor(y)
+
+
+def training(model, examples, args):
+    """A call of mixsd.py's optimizer step, at a rate of 0: the weights stay."""
+    student = copy.deepcopy(model).float()
+    work = student if model.dtype == torch.float32 else model
+    if work is model:
+        mixsd.lend_gradients(work, student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
+
+    def token_loss(work, part):
+        return mixsd.token_nll(work, mixsd.collate(part, 0, work))
+    return lambda: mixsd.update(student, work, optimizer, examples, 0.0, token_loss, args.micro_tokens)
+
+
+def trl_rounds(model, tokenizer, records, a_round, args):
+    """[(seconds, peak)] of SFTTrainer's steps on the records, `a_round` of the others before each."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    measured = []
+
+    class Rounds(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            a_round()
+            reset_peak()
+            self.start = time.time()
+
+        def on_step_end(self, *_, **__):
+            measured.append((time.time() - self.start, peak()))
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(output_dir=folder, max_steps=1 + ROUNDS, learning_rate=0.0,
+                           per_device_train_batch_size=args.batch_size, use_cpu=args.device == "cpu",
+                           bf16=model.dtype == torch.bfloat16, gradient_checkpointing=False, save_strategy="no", logging_strategy="no",
+                           report_to=[], disable_tqdm=True)
+        rows = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in records]
+        student = copy.deepcopy(model).float()
+        student.set_attn_implementation("sdpa")
+        SFTTrainer(student, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                   callbacks=[Rounds()]).train()
+    return measured
+
+
+def reset_peak():
+    """Begin a new peak of memory: the GPU's, or on Linux the process's."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    elif (switch := Path("/proc/self/clear_refs")).exists():
+        switch.write_text("5")
+
+
+def peak():
+    """GiB at most since `reset_peak`."""
+    if torch.cuda.is_initialized() or not Path("/proc/self/status").exists():
+        return mixsd.peak_gib()
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def measure(job, device):
+    """(seconds, peak GiB) of job()."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    reset_peak()
+    wait()
+    start = time.time()
+    job()
+    wait()
+    return time.time() - start, peak()
+
+
+def rates(dtype, device):
+    """(bytes/s of a copy, read and written; operations/s of a matrix product) as measured here."""
+    on_gpu = device.startswith("cuda")
+    data = torch.empty(2**30 if on_gpu else 2**28, dtype=torch.uint8, device=device)
+    matrix = torch.randn((8192, 8192) if on_gpu else (2048, 2048), device=device).to(dtype)
+    other = torch.empty_like(data)
+
+    def best(job):
+        return min(measure(job, device)[0] for _ in range(10))
+    return (2 * data.numel() / best(lambda: other.copy_(data)),
+            2 * len(matrix) ** 3 / best(lambda: matrix @ matrix))
+
+
+def bench_results(model, jobs, measured, prompts, examples, T, args):
+    """What `bench` returns, printed as a table: for each part, with the floor of those that have one.
+
+    A decode step reads the weights once and the KV of all rows; all weights but the embedding table multiply
+    every token, 2 operations a weight forward and 4 backward, the head only where its logits are used.
+    """
+    bandwidth, flops = rates(model.dtype, args.device)
+    config, head = model.config, model.get_output_embeddings().weight
+    body = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
+    body -= 0 if head is model.get_input_embeddings().weight else head.numel()
+    rows, size = len(prompts), head.element_size()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slots = rows * (statistics.fmean(map(len, prompts)) + T / 2)
+    kv = 2 * slots * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    floors = {"step": max((body + head.numel() + kv) * size / bandwidth,
+                          2 * (body + head.numel()) * rows / flops),
+              "train": 6 * (body * sum(len(x) + len(y) for x, y in examples)
+                            + head.numel() * sum(len(y) for _, y in examples)) / flops}
+    seconds = {part: [s for s, _ in runs[1:]] for part, runs in measured.items()}
+    if "decode" in seconds:
+        pairs = zip(seconds["decode"], seconds["prefill"])
+        seconds["step"] = [(decode - prefill) / (T - 1) for decode, prefill in pairs]
+    result = {"model": args.model, "device": args.device, "dtype": args.dtype, "compile": bool(args.compile),
+              "batch_size": args.batch_size, "new_tokens": T, "threads": torch.get_num_threads(),
+              "copy_gb_s": bandwidth / 1e9, "matrix_tflop_s": flops / 1e12, "parts": {}}
+    print(f"copy {bandwidth / 1e9:.1f} GB/s, {args.dtype} products {flops / 1e12:.2f} TFLOP/s, "
+          f"{torch.get_num_threads()} threads\n{'':18}{'median s':>10}{'min':>9}{'max':>9}{'tokens/s':>10}"
+          f"{'GiB':>7}{'floor s':>9}{'x floor':>9}")
+    for part, values in seconds.items():
+        s, floor = statistics.median(values), floors.get(part)
+        tokens = jobs[part][1] if part in jobs else rows // 2
+        gib = max(g for _, g in measured[part]) if part in measured else None
+        result["parts"][part] = {"median": s, "min": min(values), "max": max(values), "n": len(values),
+                                 "tokens_s": tokens / s, "peak_gib": gib, "floor": floor}
+        print(f"{part:18}{s:10.4f}{min(values):9.4f}{max(values):9.4f}{tokens / s:10.1f}"
+              + (f"{gib:7.2f}" if gib else " " * 7) + (f"{floor:9.4f}{s / floor:9.1f}" if floor else ""))
+    for part, own in [(p, "train" if p == "trl" else "decode") for p in seconds]:
+        if part in ("generate", "generate-float32", "resubmit", "trl") and own in seconds:
+            ratios = sorted(a / b for a, b in zip(seconds[part], seconds[own]))
+            result["parts"][part]["ratio"] = statistics.median(ratios)
+            print(f"{part} takes {statistics.median(ratios):.2f} x the time of {own} "
+                  f"[{ratios[0]:.2f}, {ratios[-1]:.2f}]")
+    return result
 
 
 # --------------------------------------------------------------------------------------------------- report
@@ -855,11 +1066,12 @@ def frontier(groups, base_recall, partial, path):
 COUNT, LIST = {"type": mixsd.number(int, 1)}, {"type": lambda s: s.split(",")}
 SWITCH = {"action": "store_true", "default": None}
 FLAGS = {           # flag: (who uses it: modes, tasks, or kinds of task; its argparse options)
-    "model": ("tasks nll", {"help": "a folder, a hub id, or toy"}),
+    "model": ("tasks nll bench", {"help": "a folder, a hub id, or toy"}),
     "limit": ("tasks", COUNT | {"help": "a random N of a task's items; its score is partial"}),
     "temperature": ("generated", {"type": mixsd.number(float, 0), "help": "of decoding (default: 0)"}),
     "samples": ("generated", COUNT | {"help": "completions a prompt, at --temperature above 0 (default: 1)"}),
-    "max_new_tokens": ("generated fisher", COUNT | {"help": "longest completion (default: the task's)"}),
+    "batch_size": ("bench", COUNT | {"help": "examples a batch (default: 16)"}),
+    "max_new_tokens": ("generated fisher bench", COUNT | {"help": "longest completion (the task's)"}),
     "paper": ("generated", SWITCH | {"help": "the paper's: T = 1, AIME 16 samples; in-domain T = 0"}),
     "base": ("tasks fisher", {"metavar": "DIR", "help": "--tasks: the base's OUT; --fisher: the base model"}),
     "base_model": ("drift", {"metavar": "DIR", "help": "the base model, whose answers drift scores"}),
@@ -871,15 +1083,16 @@ FLAGS = {           # flag: (who uses it: modes, tasks, or kinds of task; its ar
     "allow_code_execution": ("humaneval", SWITCH | {"help": "let it run programs that the model wrote"}),
     "fisher_tasks": ("fisher", LIST | {"metavar": "T,T", "help": "whose prompts the base answers"}),
     "fisher_n": ("fisher", COUNT | {"help": "prompts in all (default: 64)"}),
-    "seed": ("tasks fisher", {"type": mixsd.number(int, 0), "help": "of subsets and samples (default: 0)"}),
-    "device": ("tasks nll fisher", {"help": "auto, cuda, mps or cpu"}),
-    "dtype": ("tasks nll", {"choices": ["auto", "float32", "bfloat16"], "help": "(default: the run's)"}),
+    "seed": ("tasks fisher bench", {"type": mixsd.number(int, 0), "help": "of subsets, samples, coins (0)"}),
+    "device": ("tasks nll fisher bench", {"help": "auto, cuda, mps or cpu"}),
+    "dtype": ("tasks nll bench", {"choices": ["auto", "float32", "bfloat16"], "help": "(the run's)"}),
     "decode_tokens": ("generated drift fisher", COUNT | {"help": "KV slots a batch: rows x (prompt + new)"}),
-    "micro_tokens": ("scored nll", COUNT | {"help": "padded tokens of a scoring batch"}),
-    "quiet": ("tasks nll fisher", SWITCH | {"help": "no progress bars"})}
+    "micro_tokens": ("scored nll bench", COUNT | {"help": "padded tokens of a scoring or training batch"}),
+    "compile": ("generated drift fisher bench", SWITCH | {"help": "decode by a compiled step, for a GPU"}),
+    "quiet": ("tasks nll fisher bench", SWITCH | {"help": "no progress bars"})}
 DEFAULTS = {"temperature": 0.0, "samples": 1, "seed": 0, "device": "auto", "decode_tokens": 65536,
-            "micro_tokens": 2048, "fisher_n": 64}
-MODES = {"tasks": evaluate, "nll": target_nll, "fisher": fisher_runs, "report": report}
+            "micro_tokens": 2048, "fisher_n": 64, "batch_size": 16}
+MODES = {"tasks": evaluate, "nll": target_nll, "fisher": fisher_runs, "bench": bench, "report": report}
 
 
 def parse_args(argv=None):
@@ -890,6 +1103,8 @@ def parse_args(argv=None):
     mode.add_argument("--tasks", **LIST, metavar="T,T", help=f"measure {', '.join(TASKS)}")
     mode.add_argument("--nll", nargs="+", metavar="FILE", help="NLL of target FILEs under --model, the base")
     mode.add_argument("--fisher", nargs="+", metavar="RUN", help="the directions in which RUNs left --base")
+    mode.add_argument("--bench", **LIST, nargs="?", const=PARTS[:2] + ["train"], metavar="P,P",
+                      help=f"time {', '.join(PARTS)} (default: decode,generate,train)")
     mode.add_argument("--report", nargs="+", metavar="RUN", help="one table of RUNs, and frontier.png")
     for flag, (_, options) in FLAGS.items():
         p.add_argument("--" + flag.replace("_", "-"), **options)
@@ -899,8 +1114,8 @@ def parse_args(argv=None):
 
 def resolve(mode, given):
     """Every setting as a namespace.  Raises InputError on an unused flag, a missing one, an unknown task."""
-    tasks = given.get("fisher_tasks" if mode == "fisher" else "tasks", [])
-    known = [t for t in TASKS if mode == "tasks" or t in (*FIVE, *SMALL)]
+    tasks = given.get({"fisher": "fisher_tasks", "bench": "bench"}.get(mode, "tasks"), [])
+    known = PARTS if mode == "bench" else [t for t in TASKS if mode == "tasks" or t in (*FIVE, *SMALL)]
     if not set(tasks) <= set(known):
         unknown = ", ".join(t for t in tasks if t not in known)
         raise InputError(f"no task {unknown} for --{mode}; known: {', '.join(known)}")
@@ -913,7 +1128,8 @@ def resolve(mode, given):
     for flag in given.keys() & FLAGS.keys():
         if not users & set(FLAGS[flag][0].split()):
             raise InputError(f"--{flag.replace('_', '-')} is not used here; it is for {FLAGS[flag][0]}")
-    needed = {"tasks": ["model"], "nll": ["model"], "fisher": ["base", "fisher_tasks"], "report": []}[mode]
+    needed = {"tasks": ["model"], "nll": ["model"], "fisher": ["base", "fisher_tasks"], "bench": ["model"],
+              "report": []}[mode]
     for flag in needed + ["base_model"] * ("drift" in users):
         if flag not in given:
             raise InputError(f"--{mode} {','.join(given[mode])} needs --{flag.replace('_', '-')}")

@@ -27,6 +27,7 @@ Differences from the paper: see README.md.  The corpora and their verifiers are 
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import hashlib
 import json
@@ -43,12 +44,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM,
+                          AutoTokenizer, DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache)
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 import kg_data
@@ -93,11 +100,40 @@ def stop_ids(model, tokenizer):
     return [first] + sorted(stops - {first})
 
 
-def left_pad(prompts, pad_id):
-    """Lists of ids -> ids and mask, both (rows, P), real tokens flush right; the mask is 0 on padding."""
+def keeps_all(model):
+    """Whether every layer attends to all that came before: sliding windows count padding, wherever it is."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def shared_prefix(model, prompts):
+    """How many tokens all prompts begin with (the chat header, shots), at least one left to each.
+
+    They go through the model once for all rows, as columns in front of the padding.
+    """
+    if len(prompts) == 1 or not keeps_all(model) or getattr(model, "one_pass", False):
+        return 0
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+
+
+def left_pad(prompts, pad_id, shared=0):
+    """Lists of ids -> ids and mask, both (rows, P), | shared | padding | rest |; the mask is 0 on padding."""
     P = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (P - len(p)) + p for p in prompts])
-    return ids, torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([p[:shared] + [pad_id] * (P - len(p)) + p[shared:] for p in prompts])
+    return ids, torch.tensor([[1] * shared + [0] * (P - len(p)) + [1] * (len(p) - shared) for p in prompts])
+
+
+def read(model, ids, attention, shared, cache, keep):
+    """(logits (rows, keep, V) of the last `keep` columns of ids (rows, L), positions (rows, L)).
+
+    The first `shared` columns, which are the same in all rows, are read once; `cache` gets the KV of all.
+    """
+    positions = (attention.cumsum(1) - 1).clamp(min=0)                  # (rows, L), 0 at a row's first token
+    if shared:
+        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ids))
+    logits = model(input_ids=ids[:, shared:], attention_mask=attention, position_ids=positions[:, shared:],
+                   past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
+    return logits, positions
 
 
 # -------------------------------------------------------------------------------------------- mixed decoding
@@ -125,7 +161,7 @@ def wide(device):
 def pick(logits, temperature=0.0, top_k=0, u=None):
     """(R,) ids from logits (R, V): the argmax at temperature 0, else by inverse CDF of u, (R,) in [0, 1)."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices                                           # argmax is slower on a CPU
     logits = logits.to(wide(logits.device)) / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -135,8 +171,77 @@ def pick(logits, temperature=0.0, top_k=0, u=None):
     return torch.minimum(choice, (cdf < cdf[:, -1:]).sum(-1))       # the last with any probability
 
 
+class RoomyLayer(DynamicLayer):
+    """KV of one layer, written in place into room for 64 tokens: DynamicLayer copies all for each token."""
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        """(keys, values) of all tokens so far, (rows, heads, used, head_dim), with those of the new ones."""
+        if not self.get_seq_length():
+            return super().update(keys, values)
+        start, used = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        mine = self.room and self.room[0].data_ptr() == self.keys.data_ptr()    # else rows left the batch
+        if not mine or used > self.room[0].shape[2]:
+            self.room = [F.pad(x, (0, 0, 0, keys.shape[2] + 63)) for x in (self.keys, self.values)]
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, start:used] = new
+        self.keys, self.values = (room[:, :, :used] for room in self.room)
+        return self.keys, self.values
+
+
+def prefill(model, contexts, pad_id):
+    """(cache, logits, attention, positions) of C lists of B prompts, a row each: their KV, what follows
+    (C*B, V), the mask (C*B, P), the position of each last token (C*B, 1).
+
+    Each context is read at its own width, and then padded in front to the widest.
+    """
+    groups, caches, others = contexts if keeps_all(model) else [sum(contexts, [])], [], []
+    for prompts in groups:
+        shared, cache = shared_prefix(model, prompts), DynamicCache(config=model.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        ids, attention = (t.to(model.device) for t in left_pad(prompts, pad_id, shared))
+        logits, positions = read(model, ids, attention, shared, cache, 1)
+        caches.append(cache)
+        others.append((logits[:, -1], attention, positions[:, -1:]))
+    logits, attentions, positions = zip(*others)
+    P = max(attention.shape[1] for attention in attentions)
+    missing = [P - attention.shape[1] for attention in attentions]
+    for layers in zip(*(cache.layers for cache in caches)):
+        for kv in ("keys", "values"):
+            padded = [F.pad(getattr(layer, kv), (0, 0, m, 0)) for layer, m in zip(layers, missing)]
+            setattr(layers[0], kv, torch.cat(padded))
+    attention = torch.cat([F.pad(a, (m, 0)) for a, m in zip(attentions, missing)])
+    return caches[0], torch.cat(logits), attention, torch.cat(positions)
+
+
+def forward_step(model, ids, attention, positions, cache):
+    """(rows, V) logits of what follows ids (rows, 1), whose KV join the cache.  The function to compile."""
+    return model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                 use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def static(model, cache, L):
+    """(step, cache) for --compile: forward_step as one CUDA graph, and the KV in a StaticCache of L slots.
+
+    A model keeps the last of its caches for the next batch of the same shape: a graph knows addresses.
+    """
+    if not hasattr(model, "compiled"):
+        torch._dynamo.config.recompile_limit = 64           # a shape each
+        model.compiled = torch.compile(forward_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    if not keeps_all(model):
+        raise InputError("--compile is for models with full attention, not for sliding windows")
+    shape = len(cache.layers[0].keys), L
+    if getattr(model, "static", (None,))[0] != shape:
+        model.static = shape, StaticCache(config=model.config, max_cache_len=L)
+    fixed = model.static[1]
+    fixed.reset()
+    for i, layer in enumerate(cache.layers):
+        fixed.update(layer.keys, layer.values, i)
+    return model.compiled, fixed
+
+
 @torch.no_grad()
-def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None):
+def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None, compiled=False):
     """Continuations of B examples, each read through C contexts that share it token for token.
 
     Example i owns rows i, B + i, ... of one batch, a row a context, each with its own prompt and KV cache.
@@ -148,21 +253,28 @@ def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None):
     source    (B, T) int64 in [0, C)
     stops     ids; a continuation ends with the first of them
     u         (B, T) float64 in [0, 1), needed at temperature > 0
+    compiled  keep shapes fixed and compile the step: for a GPU, where starting kernels is what takes time
     Returns y (B, T) int64, padded with stops[0], and n (B,) int64, the tokens kept: the stop counts, 0 if
     there was none in T tokens.
     """
     (B, T), C, device = source.shape, len(contexts), model.device
-    ids, attention = (t.to(device) for t in left_pad([p for context in contexts for p in context], stops[0]))
-    positions = (attention.cumsum(1) - 1).clamp(min=0)                    # (C*B, P), 0 at a row's first token
+    if compiled and B & (B - 1):                            # few shapes: B up to a power of two by repeats
+        keep = list(range(B)) + [B - 1] * ((1 << B.bit_length()) - B)
+        y, n = decode(model, [[context[i] for i in keep] for context in contexts], source[keep], stops,
+                      temperature, top_k, None if u is None else u[keep], compiled)
+        return y[:B], n[:B]
     source, u = source.to(device), None if u is None else u.to(device, wide(device))
     y, n = torch.full((B, T), stops[0], device=device), torch.zeros(B, dtype=torch.long, device=device)
-    ends = torch.tensor(stops, device=device)
-    cache, alive = DynamicCache(config=model.config), torch.arange(B, device=device)
+    ends, alive = torch.tensor(stops, device=device), torch.arange(B, device=device)
     look_every = 16 if device.type == "cuda" else 1                             # a look makes the GPU wait
 
+    cache, logits, attention, positions = prefill(model, contexts, stops[0])            # logits (C*B, V)
+    step, P = forward_step, attention.shape[1]
+    if compiled:
+        L = math.ceil((P + T) / 64) * 64
+        step, cache = static(model, cache, L)
+        attention = F.pad(attention, (0, L - P), value=1)   # slots not yet written are hidden causally
     for t in range(T):
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1]          # (C*R, V)
         R = len(alive)
         speaker = source[alive, t] * R + torch.arange(R, device=device)         # (R,) the row that is asked
         y_t = pick(logits[speaker], temperature, top_k, None if u is None else u[alive, t])
@@ -170,17 +282,21 @@ def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None):
         y_t = torch.where(unfinished, y_t, stops[0])
         y[alive, t] = y_t
         n[alive] = torch.where(unfinished & torch.isin(y_t, ends), t + 1, n[alive])
+        if t == T - 1:
+            break
 
         if t % look_every == look_every - 1:
             stay = (n[alive] == 0).nonzero()[:, 0]
             if len(stay) == 0:
                 break
-            if len(stay) <= 0.75 * R:
+            if len(stay) <= 0.75 * R and not compiled:
                 rows = torch.cat([stay + c * R for c in range(C)])             # (C*R,) for the new, smaller R
                 cache.batch_select_indices(rows)
                 attention, positions, alive, y_t = attention[rows], positions[rows], alive[stay], y_t[stay]
-        ids, positions = y_t.repeat(C)[:, None], positions[:, -1:] + 1          # (C*R, 1)
-        attention = F.pad(attention, (0, 1), value=1)
+        positions = positions + 1                                               # (C*R, 1)
+        if not compiled:
+            attention = F.pad(attention, (0, 1), value=1)                       # (C*R, P + t + 1)
+        logits = step(model, y_t.repeat(C)[:, None], attention, positions, cache)       # (C*R, V)
     return y, n
 
 
@@ -202,6 +318,27 @@ def batches(widths, budget, C=1):
         yield batch
 
 
+def within_memory(job, widths, args, C=1):
+    """Yields (keys, job(keys)) of `widths` in batches of --decode-tokens a rank, halved where memory ends.
+
+    job  keys -> {key: value}, on each rank for its share of a batch; what is yielded holds all of the batch
+    """
+    left, (rank, world) = dict(widths), ranks()
+    while left:
+        for keys in batches(left, args.decode_tokens * world, C):
+            try:
+                mine = job(keys[rank::world]) if keys[rank::world] else {}
+            except torch.OutOfMemoryError:
+                if len(keys) == 1 or world > 1:
+                    raise
+                args.decode_tokens //= 2
+                print(f"no memory for {len(keys)} examples at once: --decode-tokens {args.decode_tokens} now")
+                break
+            yield keys, merged(mine, keys)
+            for key in keys:
+                del left[key]
+
+
 # ------------------------------------------------------------------------------------------------------ loss
 
 class Batch(NamedTuple):
@@ -209,16 +346,18 @@ class Batch(NamedTuple):
     ids: torch.Tensor           # (B, L) int64
     attention: torch.Tensor     # (B, L) int64, 0 on padding
     is_target: torch.Tensor     # (B, T) bool, True on y_1 .. y_stop
+    shared: int                 # columns that are the same in all rows, and read once
 
 
-def collate(examples, pad_id, device):
+def collate(examples, pad_id, model):
     """A Batch of [(prompt ids, target ids)]; what is padding is known by length, never by id."""
-    prompts, prompt_mask = left_pad([prompt for prompt, _ in examples], pad_id)
+    shared, device = shared_prefix(model, [prompt for prompt, _ in examples]), model.device
+    prompts, prompt_mask = left_pad([prompt for prompt, _ in examples], pad_id, shared)
     T = max(len(target) for _, target in examples)
     targets = torch.tensor([target + [pad_id] * (T - len(target)) for _, target in examples])
     is_target = torch.tensor([[t < len(target) for t in range(T)] for _, target in examples])
     ids, attention = torch.cat([prompts, targets], 1), torch.cat([prompt_mask, is_target.long()], 1)
-    return Batch(ids.to(device), attention.to(device), is_target.to(device))
+    return Batch(ids.to(device), attention.to(device), is_target.to(device), shared)
 
 
 def target_labels(batch):
@@ -228,11 +367,9 @@ def target_labels(batch):
 
 def target_logits(model, batch):
     """(N, V) logits that predict the batch's N target tokens, row by row; the prompt's are never made."""
-    T = batch.is_target.shape[1]
-    positions = (batch.attention.cumsum(1) - 1).clamp(min=0)                    # (B, L)
-    logits = model(input_ids=batch.ids, attention_mask=batch.attention, position_ids=positions,
-                   use_cache=False, logits_to_keep=T + 1).logits[:, :-1]        # (B, T, V): column t: y_t
-    return logits[batch.is_target]
+    cache, T = DynamicCache(config=model.config) if batch.shared else None, batch.is_target.shape[1]
+    logits, _ = read(model, batch.ids, batch.attention, batch.shared, cache, T + 1)
+    return logits[:, :-1][batch.is_target]                                      # of (B, T, V): column t: y_t
 
 
 def by_chunks(loss, *tensors, chunk=256):
@@ -279,7 +416,7 @@ def guided_loss(student, guide, examples, args, pad_id):
     opsd-nll        NLL of the guide's likeliest tokens     y, the guide x_plus and y
     --kl-to-base b  NLL of y, and b times the KL            examples (x, y): both read the same
     """
-    seen, guided = (collate([(e[i], e[-1]) for e in examples], pad_id, student.device) for i in (0, -2))
+    seen, guided = (collate([(e[i], e[-1]) for e in examples], pad_id, student) for i in (0, -2))
     logits = target_logits(student, seen)                                       # (N, V)
     with torch.no_grad():
         reference = target_logits(guide, guided)                                # (N, V)
@@ -297,7 +434,7 @@ def mean_nll(model, examples, pad_id, micro_tokens):
     """Mean nats/token of each example under `model`, in the order given."""
     means = [0.0] * len(examples)
     for part in batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, micro_tokens):
-        losses = token_nll(model, collate([examples[i] for i in part], pad_id, model.device))
+        losses = token_nll(model, collate([examples[i] for i in part], pad_id, model))
         for i, of_one in zip(part, losses.split([len(examples[i][1]) for i in part])):
             means[i] = of_one.mean().item()
     return means
@@ -333,8 +470,8 @@ def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
     Returns (targets, draws), draws being the lines of state/draws.jsonl, a dict a batch.
     Raises RunError where no target passed.
     """
-    path, journal = folder / "targets.jsonl", folder / "state" / "draws.jsonl"
-    draws = read_draws(path, journal)
+    path, journal, first = folder / "targets.jsonl", folder / "state" / "draws.jsonl", ranks()[0] == 0
+    draws = from_first(read_draws, path, journal)
     rounds = [(attempt, args.rho) for attempt in range(args.attempts)] if args.method == "mixsd" else []
     if args.on_fail == "expert" and (args.rho or args.temperature):     # at rho 0 it has spoken alone already
         rounds.append((args.attempts, 0.0))
@@ -343,14 +480,14 @@ def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
 
     kept = {i for d in draws for i in d["kept"]}
     bar = tqdm(total=len(taught), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
-    with open(path, "ab") as targets, open(journal, "a") as log:
+    with open(path if first else os.devnull, "ab") as targets, open(journal if first else os.devnull, "a") as log:
         for attempt, rho in rounds:
             done = {i for d in draws if d["attempt"] == attempt for i in d["ids"]}
             new = 0 if rho is None else args.max_new_tokens
             widths = {i: (max(map(len, pairs[i])), new) for i in taught if i not in kept | done}
-            for ids in batches(widths, args.decode_tokens, C=2):
-                start = time.time()
-                answers = draw_batch(model, tokenizer, records, pairs, ids, attempt, rho, stops, args)
+            draw = functools.partial(draw_batch, model, tokenizer, records, pairs, attempt, rho, stops, args)
+            start = time.time()
+            for ids, answers in within_memory(draw, widths, args, C=2):
                 good = {i: a for i, a in answers.items() if a["ok"]}
                 examples = [(pairs[i][NAIVE], a["ids"]) for i, a in good.items()]
                 means = mean_nll(model, examples, stops[0], args.micro_tokens)
@@ -363,20 +500,27 @@ def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
                               "said": said, "bytes": targets.tell(), "seconds": time.time() - start})
                 log.write(json.dumps(draws[-1]) + "\n")
                 log.flush()
+                start = time.time()
                 kept |= set(good)
                 bar.update(len(good))
                 bar.set_postfix(attempt=attempt)
     bar.close()
-    lines = sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
-    write_atomically(path, b"".join(lines))
-    if not lines:
+    targets = from_first(sorted_targets, path)
+    if not targets:
         said = [repr(text) for d in draws for text in d["said"]][:3]
         raise RunError(f"no target passed --verify {args.verify} in {args.attempts} attempts (see --style, "
                        f"--on-fail); the model said {', '.join(said)}")
-    return [json.loads(line) for line in lines], draws
+    return targets, draws
 
 
-def draw_batch(model, tokenizer, records, pairs, ids, attempt, rho, stops, args):
+def sorted_targets(path):
+    """The targets in a file, which is put in id order."""
+    lines = sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
+    write_atomically(path, b"".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+def draw_batch(model, tokenizer, records, pairs, attempt, rho, stops, args, ids):
     """{example: {"ids", "source", "ok"}} of a batch: mixed decoding at `rho`; None: the canonical targets."""
     if rho is None:
         written = {i: written_ids(tokenizer, records[i]["messages"][1]["content"], stops) for i in ids}
@@ -384,7 +528,7 @@ def draw_batch(model, tokenizer, records, pairs, ids, attempt, rho, stops, args)
     source = draw_sources(rho, args.max_new_tokens, args.seed, ids, attempt)
     u = uniforms("token", args.max_new_tokens, args.seed, ids, attempt) if args.temperature else None
     y, n = decode(model, [[pairs[i][c] for i in ids] for c in (EXPERT, NAIVE)], source, stops,
-                  args.temperature, args.top_k or 0, u)
+                  args.temperature, args.top_k or 0, u, args.compile)
     answers = {}
     for i, row, coins, length in zip(ids, y.tolist(), source.tolist(), n.tolist()):
         row, coins = row[:length or None], coins[:length or None]
@@ -482,10 +626,14 @@ def learning_rate(step, lr, warmup, decay_over=None):
 def save_state(folder, step, model, optimizer):
     """Write state/step-N.pt beside and rename it; the one before is kept.  12 bytes a parameter each."""
     path = folder / "state" / f"step-{step:08d}.pt"
+    moments = {name: {key: on_first(value) for key, value in optimizer.state[p].items()}
+               for name, p in model.named_parameters()}
+    weights = {name: on_first(p) for name, p in model.named_parameters()}
+    if ranks()[0]:
+        return
     for old in sorted(path.parent.glob("step-*.pt"))[:-1]:
         old.unlink()
-    state = {"step": step, "weights": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "rng": torch.get_rng_state()}
+    state = {"step": step, "weights": weights, "optimizer": moments}
     try:
         torch.save(state, partial := path.with_suffix(".partial"))
     except RuntimeError as e:                               # what torch makes of a full disk
@@ -493,19 +641,24 @@ def save_state(folder, step, model, optimizer):
     os.replace(partial, path)
 
 
+@torch.no_grad()
 def load_state(folder, model, optimizer):
     """Restore the newest state that can be read; returns its step, 0 where there is none."""
+    state = newest_state(folder)
+    for name, p in model.named_parameters() if state else ():
+        p.copy_(like(p, state["weights"][name]))
+        optimizer.state[p] = {key: like(p, value) for key, value in state["optimizer"][name].items()}
+    return state.get("step", 0)
+
+
+def newest_state(folder):
+    """The newest of the states that can be read; {} where there is none."""
     for path in sorted((folder / "state").glob("step-*.pt"), reverse=True):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
             print(f"{path} cannot be read ({type(e).__name__}); trying the one before", flush=True)
-            continue
-        model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        return state["step"]
-    return 0
+    return {}
 
 
 def epoch_order(n, seed, epoch):
@@ -513,6 +666,13 @@ def epoch_order(n, seed, epoch):
     order = list(range(n))
     random.Random(f"order seed {seed} epoch {epoch}").shuffle(order)
     return order
+
+
+def recompute_layers(model):
+    """Have each layer keep its input alone, and compute the rest again backwards."""
+    for layer in model.base_model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    model.one_pass = True
 
 
 @contextlib.contextmanager
@@ -530,7 +690,25 @@ def signals_held():
         signal.raise_signal(held[0][0])
 
 
-def update(model, optimizer, examples, lr, token_loss, micro_tokens, dtype):
+def lend_gradients(work, model):
+    """Have each gradient of `work`, the bfloat16 copy of `model`, added to model's in float32, and freed."""
+    def add_to(weight):
+        def hook(p):
+            weight.grad = p.grad.float() if weight.grad is None else weight.grad.add_(p.grad)
+            p.grad = None
+        return hook
+    for p, weight in zip(work.parameters(), model.parameters()):
+        p.register_post_accumulate_grad_hook(add_to(weight))
+
+
+@torch.no_grad()
+def copy_weights(model, work):
+    """Round the weights of `model` into its copy."""
+    for p, weight in zip(work.parameters(), model.parameters()):
+        p.copy_(weight)
+
+
+def update(model, work, optimizer, examples, lr, token_loss, micro_tokens):
     """One optimizer step on the examples (prompts..., target ids); returns (loss, gradient norm, N).
 
     The loss is the mean over the step's N target tokens, before the update: what was differentiated.
@@ -538,32 +716,34 @@ def update(model, optimizer, examples, lr, token_loss, micro_tokens, dtype):
     """
     N, total = sum(len(target) for *_, target in examples), 0.0
     widths = {i: (max(map(len, prompts)), len(target)) for i, (*prompts, target) in enumerate(examples)}
-    with torch.autocast(model.device.type, torch.bfloat16, dtype == torch.bfloat16):    # casts weights once
-        for part in batches(widths, micro_tokens):
-            loss = token_loss(model, [examples[i] for i in part]).sum() / N
-            loss.backward()
-            total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    rank, world = ranks()
+    for part in batches(widths, micro_tokens * world):
+        mine = part[rank::world]                            # none: its part of the collective work remains
+        losses = token_loss(work, [examples[i] for i in mine or part[:1]])
+        loss = losses.sum() * (bool(mine) / N)
+        (loss * world).backward()                           # the gradient is the mean over ranks
+        total += loss.item()
+    total = sum(merged({rank: total}, range(world)).values())
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"loss {total}, gradient norm {norm}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
+    if work is not model:
+        copy_weights(model, work)
     return total, norm, N
 
 
-def rollouts(student, actor, tokenizer, stops, pairs, ids, step, args):
+def rollouts(student, tokenizer, stops, pairs, ids, step, args):
     """[(x, x_plus, y)] of the examples `ids`: y is what the student itself says to x now (OPSD: on-policy).
 
     opsd: args.rollouts samples at T = 1, a function of (seed, example, rollout, step) and the weights;
     opsd-nll: one greedy answer.  One that finds no end is cut, and used as it is.
-
-    actor  a model of the compute dtype that takes the student's weights: autocast would cast them each token
     """
-    actor.load_state_dict(student.state_dict())
     prompts = {(i, r): pairs[i][NAIVE] for i in ids for r in range(args.rollouts or 1)}
-    answers = complete(actor, tokenizer, stops, prompts, args, 1.0 if args.method == "opsd" else 0.0, step)
+    answers = complete(student, tokenizer, stops, prompts, args, 1.0 if args.method == "opsd" else 0.0, step)
     y = {key: ids for key, ids, _, _ in answers}
     return [(x, pairs[i][EXPERT], y[i, r]) for (i, r), x in prompts.items()]
 
@@ -575,32 +755,36 @@ def with_replay(examples, old, share, seed, step):
     return examples + rng.choices(old, k=count)
 
 
-def objective(student, base, tokenizer, stops, pairs, taught, targets, old, args):
-    """(n, examples_of, token_loss) for `train`: methods differ in a step's targets and in their loss."""
-    guide = base if args.method in OPSD or args.kl_to_base else None            # else the base leaves memory
-    pad_id = stops[0]
-    examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets or []]
-    actor = copy.deepcopy(base) if args.method in OPSD else None
+def objective(guide, plain, tokenizer, stops, pairs, taught, targets, old, args):
+    """(n, examples_of, token_loss) for `train`: methods differ in a step's targets and in their loss.
 
-    def examples_of(ids, step):
-        if actor:
-            return rollouts(student, actor, tokenizer, stops, pairs, [taught[i] for i in ids], step, args)
+    guide  the frozen base, where a method asks it
+    plain  the model that takes the student's weights to decode
+    """
+    examples, pad_id = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets or []], stops[0]
+
+    def examples_of(work, ids, step):
+        if args.method in OPSD:
+            student = gather(work, plain)
+            return rollouts(student, tokenizer, stops, pairs, [taught[i] for i in ids], step, args)
         return with_replay([examples[i] for i in ids], old, args.replay_share or 0, args.seed, step)
 
     def token_loss(model, part):
         if guide:
             return guided_loss(model, guide, part, args, pad_id)
-        return token_nll(model, collate(part, pad_id, model.device))
-    return len(taught if actor else examples), examples_of, token_loss
+        return token_nll(model, collate(part, pad_id, model))
+    return len(taught if args.method in OPSD else examples), examples_of, token_loss
 
 
-def train(model, n, examples_of, token_loss, settings, dtype, folder=None, desc="training", decay=False):
+def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="training", decay=False):
     """Fine-tune `model`, in place, on `n` examples in batches (paper: training).
 
-    examples_of (ids in [0, n), step) -> the step's examples: (prompt ids, target ids), or more prompts first
-    token_loss  (model, examples) -> (N,) losses of their target tokens
+    model, work the float32 weights that AdamW moves, and the model that computes: the same one, or a bfloat16
+                copy, kept equal up to rounding.  On bfloat16 weights most updates would round to nothing.
+    examples_of (work, ids in [0, n), step) -> the step's examples: (prompt ids, target ids), or more prompts
+                first
+    token_loss  (work, examples) -> (N,) losses of their target tokens
     settings    needs steps, batch_size, lr, warmup, seed, micro_tokens, quiet
-    dtype       of the forward and backward pass under autocast; weights and optimizer are float32
     folder      where log.jsonl grows, a line a step, and state/ is kept; a killed run goes on from it, bit
                 for bit the same in float32 on a CPU.  None keeps nothing.
     Raises RunError with the step and the examples where the loss or the gradient is not finite.
@@ -608,7 +792,11 @@ def train(model, n, examples_of, token_loss, settings, dtype, folder=None, desc=
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), eps=1e-8,
                                   weight_decay=0.01, fused=True)
     done = load_state(folder, model, optimizer) if folder else 0
-    log = cut_log(folder / "log.jsonl", done) if folder else None
+    first, alone = (count == k for count, k in zip(ranks(), (0, 1)))
+    if work is not model:
+        copy_weights(model, work)
+        lend_gradients(work, model)
+    log = cut_log(folder / "log.jsonl", done) if folder and first else None
     per_epoch = math.ceil(n / settings.batch_size)
     resumed, saved_at, save_cost = done, time.time(), 0.0
     bar = tqdm(total=settings.steps, initial=done, desc=desc, unit="step", disable=settings.quiet)
@@ -617,14 +805,17 @@ def train(model, n, examples_of, token_loss, settings, dtype, folder=None, desc=
             start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
             order = epoch_order(n, settings.seed, epoch)
             ids = order[at * settings.batch_size:(at + 1) * settings.batch_size]
-            examples = examples_of(ids, step)
+            examples = examples_of(work, ids, step)
             lr = learning_rate(step, settings.lr, settings.warmup, settings.steps if decay else None)
             with signals_held():
                 try:
-                    loss, norm, N = update(model, optimizer, examples, lr, token_loss,
-                                           settings.micro_tokens, dtype)
+                    loss, norm, N = update(model, work, optimizer, examples, lr, token_loss,
+                                           settings.micro_tokens)
                 except FloatingPointError as e:
                     raise RunError(f"step {step}, examples {ids}: {e}; step {done} is kept") from None
+                except torch.OutOfMemoryError:
+                    raise RunError(f"step {step}: no memory for --micro-tokens {settings.micro_tokens}; lower "
+                                   f"it, or add --gradient-checkpointing") from None
                 done, seconds = step, time.time() - start
                 if log:
                     row = {"step": step, "epoch": epoch, "nll": loss, "tokens": N, "lr": lr,
@@ -633,17 +824,19 @@ def train(model, n, examples_of, token_loss, settings, dtype, folder=None, desc=
             bar.update()
             if step % max(1, settings.steps // 10) == 0:
                 tqdm.write(f"{desc}: step {step}/{settings.steps}, {loss:.3f} nats/token, lr {lr:.1e}")
-            if log and time.time() - saved_at > 20 * save_cost and step < settings.steps:
+            due = time.time() - saved_at > 20 * save_cost
+            if folder and step < settings.steps and from_first(lambda: due):
                 saving = time.time()                        # being safe may take one part in 20 of the time
-                log.flush()
+                if log:
+                    log.flush()
                 save_state(folder, done, model, optimizer)
                 saved_at, save_cost = time.time(), time.time() - saving
     finally:                                             # the end, Ctrl-C, SIGTERM, a loss that is not finite
         bar.close()
         if log:
             log.close()
-            if done > resumed:
-                save_state(folder, done, model, optimizer)
+        if folder and done > resumed and (alone or done == settings.steps):     # ranks don't stop in step
+            save_state(folder, done, model, optimizer)
 
 
 def cut_log(path, step):
@@ -653,22 +846,103 @@ def cut_log(path, step):
     return open(path, "a")
 
 
+# ------------------------------------------------------------------------------------------------- many GPUs
+# torchrun starts a process a GPU, a rank each, all with the same command.  A rank decodes its share of every
+# batch with the whole frozen base, and trains its share with its part of the weights (FSDP2); rank 0 writes.
+# With one process these functions give back what they get.
+
+
+def ranks():
+    """(this process's rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_ranks(args):
+    """Meet the other processes of a torchrun; all but rank 0 fall silent."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
+    args.device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+    if dist.get_rank():
+        sys.stdout, args.quiet = open(os.devnull, "w"), True
+
+
+def from_first(function, *args):
+    """What function(*args) is on rank 0, where alone it is called."""
+    rank, world = ranks()
+    result = [function(*args) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def merged(part, keys):
+    """One {key: value} of those of all ranks, in the order of `keys`."""
+    parts = [part]
+    if ranks()[1] > 1:
+        dist.all_gather_object(parts := [None] * ranks()[1], part)
+    values = {key: value for part in parts for key, value in part.items()}
+    return {key: values[key] for key in keys}
+
+
+def whole(tensor):
+    """A tensor, of which each rank may hold a part."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def on_first(tensor):
+    """The whole tensor in the memory of rank 0's CPU; None elsewhere."""
+    tensor = whole(tensor)
+    return tensor.cpu() if ranks()[0] == 0 else None
+
+
+def like(p, tensor):
+    """A whole tensor placed as the parameter p is, or a scalar on its device."""
+    tensor = tensor.to(p.device)
+    parts = isinstance(p, DTensor) and tensor.dim()
+    return distribute_tensor(tensor, p.device_mesh, p.placements) if parts else tensor
+
+
+def shard(model, dtype, device):
+    """Spread float32 weights over the ranks, a group a layer: computed in `dtype`, summed in float32."""
+    mesh = dist.device_mesh.init_device_mesh(torch.device(device).type, (ranks()[1],))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*model.base_model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    model.one_pass = True                                   # its weights are gone until the backward pass
+    return model
+
+
+@torch.no_grad()
+def gather(work, plain):
+    """`plain` with the weights of `work`, which is the same model, or on many ranks sharded."""
+    if work is not plain:
+        for p, weight in zip(plain.parameters(), work.parameters()):
+            p.copy_(whole(weight))
+    return plain
+
+
 # ---------------------------------------------------------------------------------------------- memorization
 
 def complete(model, tokenizer, stops, prompts, args, temperature=0.0, sample=0):
     """Yields (key, ids, text, ended) for prompts {key: ids} as they are answered: `decode` with C = 1.
 
-    args    needs max_new_tokens, decode_tokens, seed
+    args    needs max_new_tokens, decode_tokens, compile, seed
     sample  which of several answers, at temperature > 0: random numbers are keyed by (seed, key, sample)
     """
     T = args.max_new_tokens
-    for part in batches({key: (len(x), T) for key, x in prompts.items()}, args.decode_tokens):
-        u = uniforms("answer", T, args.seed, part, sample) if temperature else None
-        ids, source = [prompts[key] for key in part], torch.zeros(len(part), T, dtype=torch.long)
-        y, n = decode(model, [ids], source, stops, temperature, 0, u)
-        for key, row, length in zip(part, y.tolist(), n.tolist()):
-            row = row[:length or None]
-            yield key, row, text_of(tokenizer, row if length else row + stops[:1]), length > 0
+
+    def answer(keys):
+        u = uniforms("answer", T, args.seed, keys, sample) if temperature else None
+        ids, source = [prompts[key] for key in keys], torch.zeros(len(keys), T, dtype=torch.long)
+        y, n = decode(model, [ids], source, stops, temperature, 0, u, args.compile)
+        return {key: (row[:length or None], length > 0)
+                for key, row, length in zip(keys, y.tolist(), n.tolist())}
+    widths = {key: (len(x), T) for key, x in prompts.items()}
+    for _, answers in within_memory(answer, widths, args):
+        for key, (row, ended) in answers.items():
+            yield key, row, text_of(tokenizer, row if ended else row + stops[:1]), ended
 
 
 def wilson(k, n, z=1.96):
@@ -724,9 +998,9 @@ def toy_base(quiet=False, seed=0):
     model = Qwen3ForCausalLM(config)
     examples = [(chat_ids(tokenizer, x), tokenizer(y)["input_ids"] + [end]) for x, y in world]
     settings = argparse.Namespace(**TOY_PRETRAINING, seed=seed, quiet=quiet)
-    token_loss = lambda model, part: token_nll(model, collate(part, pad, model.device))     # noqa: E731
-    train(model, len(examples), lambda ids, _: [examples[i] for i in ids], token_loss, settings,
-          torch.float32, desc="pretraining the toy", decay=True)
+    token_loss = lambda model, part: token_nll(model, collate(part, pad, model))     # noqa: E731
+    train(model, model, len(examples), lambda _, ids, step: [examples[i] for i in ids], token_loss, settings,
+          desc="pretraining the toy", decay=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -766,6 +1040,18 @@ def pick_device(device, dtype):
     return device, getattr(torch, dtype)
 
 
+def sdpa_cpu(module, query, key, value, *args, **kwargs):
+    """transformers' sdpa; where a gradient will be asked for in float32: in bfloat16 it is 5 times slower."""
+    dtype = torch.float32 if query.requires_grad else query.dtype
+    qkv = query.to(dtype), key.to(dtype), value.to(dtype)
+    out, weights = sdpa_attention_forward(module, *qkv, *args, **kwargs)
+    return out.to(query.dtype), weights
+
+
+AttentionInterface.register("sdpa_cpu", sdpa_cpu)
+AttentionMaskInterface.register("sdpa_cpu", sdpa_mask)
+
+
 def load(loader, path, **options):
     """loader.from_pretrained(path), path a folder or a hub id.  Raises InputError with what was tried."""
     if not Path(path).is_dir() and (path[0] in "./~" or path.count("/") > 1):
@@ -790,11 +1076,22 @@ def load_model(path, dtype, device):
     """The causal model in `path` with its weights as `dtype`, on `device`, dropout off."""
     config = load(AutoConfig, str(path))                    # the smallest file first: a wrong name fails soon
     model = load(AutoModelForCausalLM, str(path), config=config, dtype=dtype, use_safetensors=True)
+    return ready(model, device)
+
+
+def ready(model, device):
+    """The model on its device, dropout off, with an attention that suits a CPU."""
+    if device == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation("sdpa_cpu")
     return model.to(device).eval()
 
 
-def save_model(model, tokenizer, folder):
-    """Write a plain Hugging Face folder, float32."""
+def save_model(model, tokenizer, path, folder):
+    """Write a plain Hugging Face folder, float32, of a model that came from `path`."""
+    if ranks()[1] > 1:
+        model = gather(model, load_model(path, torch.float32, "cpu"))
+    if ranks()[0]:
+        return
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -811,8 +1108,9 @@ def write_atomically(path, data):
 
 def cached(path, function, *args):
     """The JSON in `path`, or timed(function, *args) written there first: what a restart need not repeat."""
-    if not path.exists():
-        write_atomically(path, json.dumps(timed(function, *args)).encode())
+    if not from_first(path.exists):
+        result = json.dumps(timed(function, *args)).encode()
+        from_first(write_atomically, path, result)
     return json.loads(path.read_text())
 
 
@@ -835,7 +1133,8 @@ USES = {"mixsd": DRAW_FLAGS + EXPERT_FLAGS + NLL_FLAGS, "sft": NLL_FLAGS, "targe
         "opsd": EXPERT_FLAGS + ["rollouts", "kl", "teacher_top_k"], "opsd-nll": EXPERT_FLAGS}
 METHOD_FLAGS = list(dict.fromkeys(flag for flags in USES.values() for flag in flags))
 TRAIN_FLAGS = ["epochs", "steps", "batch_size", "lr", "warmup"] + NLL_FLAGS
-FREE_FLAGS = ["device", "decode_tokens", "micro_tokens", "out", "hub", "quiet", "targets_only"]  # may change
+FREE_FLAGS = ["device", "decode_tokens", "micro_tokens", "gradient_checkpointing", "compile", "out", "hub",
+              "quiet", "targets_only"]                                      # may change between sessions
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -901,6 +1200,10 @@ def parse_args(argv=None):
     add("--dtype", choices=["auto", "float32", "bfloat16"], help="compute type; weights train in float32")
     add("--decode-tokens", type=count, help="KV slots of a decoding batch, rows x (prompt + new) (65536)")
     add("--micro-tokens", type=count, help="padded tokens of a training micro-batch (default 4096)")
+    add("--gradient-checkpointing", action="store_true",
+        help="keep less between forward and backward, and compute it again: for long targets")
+    add("--compile", action="store_true",
+        help="decode by a compiled step, one CUDA graph a shape: a GPU waits less, the first batches longer")
     add("--limit", type=count, help="only the corpus's first N facts")
     add("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA-METHOD...); is resumed")
     add("--quiet", action="store_true", help="no progress bars")
@@ -966,7 +1269,7 @@ def unused_flags(args):
     if args.method in OPSD:
         unused |= dict.fromkeys(["targets_only"], f"by --method {args.method}, which makes them as it learns")
     if args.targets_only:
-        unused |= dict.fromkeys(TRAIN_FLAGS + ["targets"], "with --targets-only")
+        unused |= dict.fromkeys(TRAIN_FLAGS + ["targets", "gradient_checkpointing"], "with --targets-only")
     return unused
 
 
@@ -1028,6 +1331,7 @@ def check_corpus(records, pairs, tokenizer, model, given, args):
 def run(given):
     """The whole job: targets, training, memorization before and after; returns what metrics.json holds."""
     args, origin = resolve(given)
+    join_ranks(args)
     args.device, dtype = pick_device(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     folder = run_folder(args)
@@ -1036,7 +1340,9 @@ def run(given):
         return json.loads((folder / "metrics.json").read_text())
 
     records = kg_data.load_corpus(args.data, "train", args.style, args.verify, hub=args.hub)[:args.limit]
-    path, pretrain_seconds = toy_base(args.quiet, args.seed) if args.model == "toy" else (args.model, 0.0)
+    path, pretrain_seconds = args.model, 0.0
+    if args.model == "toy":
+        path, pretrain_seconds = from_first(toy_base, args.quiet, args.seed)
     base, tokenizer = load_model(path, dtype, args.device), load_tokenizer(path)
     stops = stop_ids(base, tokenizer)
     pairs = [two_contexts(tokenizer, r, expert_words(args)) for r in records]
@@ -1045,31 +1351,43 @@ def run(given):
     old = read_examples(args.replay, tokenizer, stops) if args.replay else []
     if args.targets:
         given_targets = read_targets(args.targets, records, pairs, base, tokenizer, stops, args)
-    start_run(folder, args, origin)
+    lock = only_run(folder) if ranks()[0] == 0 else None    # noqa: F841  (held until this function ends)
+    from_first(start_run, folder, args, origin)
     args.max_new_tokens = min(args.max_new_tokens, room)
 
     targets, draws = given_targets, []
     if given_targets:
         lines = [json.dumps(t, ensure_ascii=False) + "\n" for t in targets]
-        write_atomically(folder / "targets.jsonl", "".join(lines).encode())
+        from_first(write_atomically, folder / "targets.jsonl", "".join(lines).encode())
     elif args.method not in OPSD:
         targets, draws = make_targets(base, tokenizer, records, pairs, taught, stops, args, folder)
     first = targets[0] if targets else {"id": taught[0], "target_ids": [], "source": None}
     show(tokenizer, pairs[first["id"]], first)
     if args.targets_only:
-        return summary(args, targets, draws, records, folder)
+        return from_first(summary, args, targets, draws, records, folder)
     tasks = memorization_tasks(records, args)
     kept = taught if args.method in OPSD else sorted({t["id"] for t in targets})
     before = cached(folder / "state" / "base.json", memorization, base, tokenizer, tasks, stops, args, kept)
 
-    student = load_model(path, torch.float32, args.device)
-    n, examples_of, token_loss = objective(student, base, tokenizer, stops, pairs, taught, targets, old, args)
-    del base                                                # gone, unless the objective holds it
+    alone = ranks()[1] == 1
+    student, guide = load_model(path, torch.float32, args.device if alone else "cpu"), None
+    if args.method in OPSD or args.kl_to_base:
+        guide, base = base, copy.deepcopy(base)
+    plain = student if alone and dtype == torch.float32 else base       # what decodes as the student
+    work = plain if alone else shard(student, dtype, args.device)       # what computes its gradient
+    del base                                                            # freed, if it is neither
+    if args.gradient_checkpointing:
+        recompute_layers(work)
+    n, examples_of, token_loss = objective(guide, plain, tokenizer, stops, pairs, taught, targets, old, args)
     args.steps = args.steps or args.epochs * math.ceil(n / args.batch_size)
-    train(student, n, examples_of, token_loss, args, dtype, folder)
-    save_model(student, tokenizer, folder / "model")
-    after = timed(memorization, student.to(dtype), tokenizer, tasks, stops, args, kept)
+    train(student, work, n, examples_of, token_loss, args, folder)
+    save_model(student, tokenizer, path, folder / "model")
+    after = timed(memorization, gather(work, plain), tokenizer, tasks, stops, args, kept)
+    return from_first(finish, args, targets, draws, records, folder, before, after, pretrain_seconds)
 
+
+def finish(args, targets, draws, records, folder, before, after, pretrain_seconds):
+    """What metrics.json holds, written there; the states are removed."""
     metrics = summary(args, targets, draws, records, folder, before, after, pretrain_seconds)
     write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
     for state in (folder / "state").glob("step-*"):                     # 12 bytes a parameter, needed no more
@@ -1098,9 +1416,20 @@ def taught_ids(records, args):
     return taught
 
 
-def start_run(folder, args, origin):
-    """Make the folder, write args.json, and print every setting with where it comes from."""
+def only_run(folder):
+    """The folder's lock, held while it is open.  Raises InputError if another run has it."""
+    import fcntl
     (folder / "state").mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "state" / "lock", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"--out {folder}: another run is at work there; give another --out") from None
+    return lock
+
+
+def start_run(folder, args, origin):
+    """Write args.json, and print every setting with where it comes from."""
     settings = stored_settings(folder) | counting_settings(args)
     write_atomically(folder / "args.json", json.dumps(settings, indent=1).encode())
     for flag, value in vars(args).items():

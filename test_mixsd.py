@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import multiprocessing
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
                           Qwen3Config, Qwen3ForCausalLM)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import eval as evaluation
 import kg_data
@@ -82,15 +84,65 @@ def test_cached_batched_decoding_equals_the_definition(model, rho):
     assert rho != 0.3 or 0 < (n > 0).sum() < 6, "the case must have rows that stop and rows that don't"
 
 
+def same_beginning(n):
+    """The contexts of `prompts`, all of them with the same first n tokens."""
+    return [[list(range(1, n + 1)) + x for x in context] for context in prompts()]
+
+
+def decodes_by_the_definition(net, contexts, source, **how):
+    y, n = mixsd.decode(net, contexts, source, STOPS, **how)
+    for i in range(len(source)):
+        expected, length = definition(net, [contexts[EXPERT][i], contexts[NAIVE][i]], source[i])
+        assert y[i, : len(expected)].tolist() == expected and n[i] == length
+    return n
+
+
+@pytest.mark.parametrize("shared", [0, 3, 20])
 @pytest.mark.parametrize("rho", [0.0, 0.7])
-def test_a_sliding_window_architecture_decodes_by_the_definition(rho):
+def test_a_sliding_window_architecture_decodes_by_the_definition(rho, shared):
     layers = ["sliding_attention", "full_attention"]
     gemma = tiny_model(Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=8, layer_types=layers)
-    contexts, source = prompts(), mixsd.draw_sources(rho, 20, 1, range(6))
-    y, n = mixsd.decode(gemma, contexts, source, STOPS)
-    for i in range(6):
-        expected, length = definition(gemma, [contexts[EXPERT][i], contexts[NAIVE][i]], source[i])
-        assert y[i, : len(expected)].tolist() == expected and n[i] == length
+    decodes_by_the_definition(gemma, same_beginning(shared), mixsd.draw_sources(rho, 20, 1, range(6)))
+
+
+def test_what_all_prompts_begin_with_is_read_once(model):
+    widths = []
+    hook = model.register_forward_pre_hook(lambda m, args, kwargs: widths.append(kwargs["input_ids"].shape),
+                                           with_kwargs=True)
+    contexts, source = same_beginning(30), mixsd.draw_sources(0.5, 100, 1, range(6))
+    _, n = mixsd.decode(model, contexts, source, STOPS)
+    hook.remove()
+    decodes_by_the_definition(model, contexts, source)
+    assert 0 < (n > 0).sum() < 6, "rows must leave on the way, and some go past 64 tokens"
+    longest = [max(map(len, context)) - 30 for context in contexts]
+    assert widths[:4] == [(1, 30), (6, longest[EXPERT]), (1, 30), (6, longest[NAIVE])] and widths[-1][0] < 12
+    alike = [[contexts[EXPERT][0]] * 2] * 2                                     # nothing but the beginning
+    y, _ = mixsd.decode(model, alike, source[:2], STOPS)
+    assert y[0].tolist() == y[1].tolist()
+
+
+def test_compiled_decoding_keeps_its_shapes_and_equals_the_definition(model, monkeypatch):
+    net, compiled = copy.deepcopy(model), []
+
+    def traced(function, mode, fullgraph, dynamic):         # a whole graph, without the code generator
+        assert fullgraph and not dynamic and mode == "reduce-overhead"
+        whole = torch._dynamo.optimize("eager", nopython=True, dynamic=False)(function)
+        return lambda model, ids, attention, *rest: (compiled.append((ids.shape, attention.shape)),
+                                                     whole(model, ids, attention, *rest))[1]
+    monkeypatch.setattr(torch, "compile", traced)
+    contexts, source = prompts(), mixsd.draw_sources(0.3, 40, 1, range(6))
+    caches = []
+    for examples in (range(6), range(5)):                   # both become 8
+        part = [[context[i] for i in examples] for context in contexts]
+        n = decodes_by_the_definition(net, part, source[list(examples)], compiled=True)
+        caches.append(net.static[1])
+    assert 0 < (n > 0).sum() < 5 and set(compiled) == {((16, 1), (16, 64))} and caches[0] is caches[1]
+    u = mixsd.uniforms("token", 40, 7, range(6))
+    sampled = [mixsd.decode(net, contexts, source, STOPS, 1.0, 5, u, compiled=c) for c in (False, True)]
+    assert torch.equal(sampled[0][0], sampled[1][0]) and torch.equal(sampled[0][1], sampled[1][1])
+    gemma = tiny_model(Gemma3ForCausalLM, Gemma3TextConfig, layer_types=["sliding_attention"] * 2)
+    with pytest.raises(kg_data.InputError, match="--compile is for models with full attention"):
+        mixsd.decode(gemma, contexts, source, STOPS, compiled=True)
 
 
 @pytest.mark.parametrize("context, rho", [(EXPERT, 0.0), (NAIVE, 1.0)])
@@ -174,13 +226,13 @@ EXAMPLES = [([5, 6, 7], [8, 9, 63]), ([1, 2, 3, 4, 5, 6], [7, 63]), ([9], [10, 1
 
 
 def test_the_loss_is_the_hand_sum_and_prompt_and_padding_have_no_gradient(model):
-    nll = mixsd.token_nll(model, mixsd.collate(EXAMPLES, 0, "cpu"))
+    nll = mixsd.token_nll(model, mixsd.collate(EXAMPLES, 0, model))
     expected = []
     for prompt, target in EXAMPLES:
         logp = model(input_ids=torch.tensor([prompt + target])).logits[0].log_softmax(-1)
         expected += [-logp[len(prompt) - 1 + t, y] for t, y in enumerate(target)]
     torch.testing.assert_close(nll, torch.stack(expected), rtol=1e-4, atol=1e-4)
-    batch = mixsd.collate(EXAMPLES, 0, "cpu")
+    batch = mixsd.collate(EXAMPLES, 0, model)
     seen = {}
     hook = model.lm_head.register_forward_hook(lambda m, i, out: (out.retain_grad(), seen.update(out=out))[0])
     mixsd.token_nll(model, batch).sum().backward()
@@ -190,15 +242,29 @@ def test_the_loss_is_the_hand_sum_and_prompt_and_padding_have_no_gradient(model)
     assert torch.equal(used, torch.nn.functional.pad(batch.is_target, (0, 1)))
 
 
+def test_a_beginning_that_all_share_is_read_once_with_the_same_gradient(model):
+    net, alike = copy.deepcopy(model), [([1, 2, 3, 4] + x, y) for x, y in EXAMPLES]
+    batch = mixsd.collate(alike, 0, net)
+    assert batch.shared == 4 and batch.ids[:, :4].tolist() == [[1, 2, 3, 4]] * 3
+    assert mixsd.collate(alike[:1], 0, net).shared == 0, "one row shares with nobody"
+    results = []
+    for batches in ([batch], [mixsd.collate([one], 0, net) for one in alike]):
+        nll = torch.cat([mixsd.token_nll(net, b) for b in batches])
+        nll.sum().backward()
+        results.append([nll, *(p.grad for p in net.parameters())])
+        net.zero_grad()
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
 def test_padding_is_known_by_length_so_that_a_stop_that_is_also_the_pad_is_trained(model):
-    batch = mixsd.collate(EXAMPLES, 63, "cpu")
+    batch = mixsd.collate(EXAMPLES, 63, model)
     assert batch.is_target.sum(1).tolist() == [3, 2, 6] and batch.attention.sum(1).tolist() == [6, 8, 7]
-    otherwise = mixsd.collate(EXAMPLES, 0, "cpu")
+    otherwise = mixsd.collate(EXAMPLES, 0, model)
     torch.testing.assert_close(mixsd.token_nll(model, batch), mixsd.token_nll(model, otherwise))
 
 
 def plain_loss(model, examples):
-    return mixsd.token_nll(model, mixsd.collate(examples, 0, "cpu"))
+    return mixsd.token_nll(model, mixsd.collate(examples, 0, model))
 
 
 def test_micro_batches_of_unequal_length_add_up_to_the_full_batch():
@@ -206,10 +272,48 @@ def test_micro_batches_of_unequal_length_add_up_to_the_full_batch():
     for micro_tokens in (1, 16, 10**6):
         net = tiny_model()
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-        nll, norm, N = mixsd.update(net, optimizer, EXAMPLES, 1e-3, plain_loss, micro_tokens, torch.float32)
+        nll, norm, N = mixsd.update(net, net, optimizer, EXAMPLES, 1e-3, plain_loss, micro_tokens)
         norms.append((nll, norm, N))
     for other in norms[1:]:
         assert other == pytest.approx(norms[0], rel=1e-4)
+
+
+def test_bfloat16_computes_and_float32_keeps():
+    """Gradients of the copy add up in float32; updates too small for bfloat16 are not lost."""
+    model = tiny_model()
+    work = mixsd.ready(tiny_model().to(torch.bfloat16), "cpu")
+    mixsd.copy_weights(model, work)
+    mixsd.lend_gradients(work, model)
+    single = []
+    for example in EXAMPLES:
+        plain_loss(work, [example]).sum().backward()
+        single.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for example in EXAMPLES:
+        plain_loss(work, [example]).sum().backward()
+    for p, parts in zip(model.parameters(), zip(*single)):
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, sum(parts))
+    assert all(p.grad is None for p in work.parameters())
+    model.zero_grad()
+    before, optimizer = model.lm_head.weight.clone(), torch.optim.SGD(model.parameters())
+    for _ in range(4):
+        mixsd.update(model, work, optimizer, EXAMPLES, 1e-4, plain_loss, 99)
+    moved = (model.lm_head.weight != before).float().mean()
+    assert moved > 0.9 > (work.lm_head.weight != before.bfloat16()).float().mean()
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(work.parameters(), model.parameters()))
+
+
+def test_the_attention_of_cpu_training_is_sdpas():
+    q, k, v = (torch.randn(2, heads, 7, 16, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    plain, ours = (f(module, q, k, v, mask, scaling=0.25)[0]
+                   for f in (sdpa_attention_forward, mixsd.sdpa_cpu))
+    assert torch.equal(plain, ours)
+    trained = mixsd.sdpa_cpu(module, q.requires_grad_(), k, v, mask, scaling=0.25)[0]
+    assert trained.dtype == torch.bfloat16
+    torch.testing.assert_close(trained, plain, rtol=0.02, atol=0.01)
 
 
 def test_what_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
@@ -220,8 +324,8 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
     before = [p.clone() for p in net.parameters()]
     hook = net.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
     with pytest.raises(mixsd.RunError, match=r"step 1, examples \[\d, \d\]: loss nan"):
-        mixsd.train(net, len(EXAMPLES), lambda ids, _: [EXAMPLES[i] for i in ids], plain_loss, settings,
-                    torch.float32, tmp_path)
+        mixsd.train(net, net, len(EXAMPLES), lambda _, ids, step: [EXAMPLES[i] for i in ids], plain_loss,
+                    settings, tmp_path)
     hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
@@ -900,7 +1004,7 @@ def test_the_anchor_adds_beta_times_kl_from_the_base_on_the_same_tokens(model):
     for p in base.parameters():
         p *= 0.9
     anchored = mixsd.guided_loss(model, base, EXAMPLES, guided("sft", kl_to_base=0.5), 0)
-    batch = mixsd.collate(EXAMPLES, 0, "cpu")
+    batch = mixsd.collate(EXAMPLES, 0, model)
     logits = [mixsd.target_logits(m, batch) for m in (model, base)]
     torch.testing.assert_close(anchored, mixsd.token_nll(model, batch) + 0.5 * mixsd.kl(*logits))
 
@@ -931,10 +1035,10 @@ def test_no_float32_tensor_of_all_tokens_times_the_vocabulary_exists(loss):
 def rollouts(student, tokenizer=None, decode_tokens=10**6, method="opsd", step=1):
     """mixsd.rollouts of three examples."""
     args = SimpleNamespace(method=method, rollouts=2 if method == "opsd" else None, seed=0, max_new_tokens=12,
-                           decode_tokens=decode_tokens)
+                           decode_tokens=decode_tokens, compile=False)
     pairs = list(zip(*prompts()))
     tokenizer = tokenizer or SimpleNamespace(decode=lambda ids, **_: "")
-    return mixsd.rollouts(student, tiny_model(), tokenizer, STOPS, pairs, [4, 0, 2], step, args)
+    return mixsd.rollouts(student, tokenizer, STOPS, pairs, [4, 0, 2], step, args)
 
 
 def test_rollouts_are_the_sampled_ids_of_the_students_weights_now_whatever_the_batch():
@@ -951,7 +1055,7 @@ def test_rollouts_are_the_sampled_ids_of_the_students_weights_now_whatever_the_b
     greedy = rollouts(student, method="opsd-nll")
     assert len(greedy) == 3 and greedy == rollouts(student, method="opsd-nll", step=2)
     optimizer = torch.optim.AdamW(student.parameters())
-    mixsd.update(student, optimizer, EXAMPLES, 1e-2, plain_loss, 10**6, torch.float32)
+    mixsd.update(student, student, optimizer, EXAMPLES, 1e-2, plain_loss, 10**6)
     assert rollouts(student) != said, "they follow the weights"
 
 
@@ -976,6 +1080,110 @@ def test_opsd_killed_on_the_way_ends_bit_for_bit_the_same(toy, tmp_path, monkeyp
             for d in ("whole", "again")]
     weights = [(tmp_path / d / "model" / "model.safetensors").read_bytes() for d in ("whole", "again")]
     assert logs[0] == logs[1] and weights[0] == weights[1]
+
+
+# ------------------------------------------------------------------------------------------------- many ranks
+
+def on_ranks(n, command):
+    """mixsd.py under torchrun, n processes over gloo on this CPU."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
+            str(HERE / "mixsd.py"), *command.split(), "--quiet", "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+
+
+def same_runs(one, other):
+    """Whether two runs have the same targets, and the same losses and weights to 1e-5."""
+    losses = [[r["nll"] for r in rows_of(run / "log.jsonl")] for run in (one, other)]
+    weights = [load_file(run / "model" / "model.safetensors") for run in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and weights[0].keys() == weights[1].keys()
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+    assert (one / "model" / "config.json").read_text() == (other / "model" / "config.json").read_text()
+    if (one / "targets.jsonl").exists():
+        assert (one / "targets.jsonl").read_bytes() == (other / "targets.jsonl").read_bytes()
+
+
+def test_two_ranks_make_the_same_targets_losses_and_weights_as_one(toy, tmp_path, capsys):
+    command = "--rho 0.3 --limit 7 --steps 4 --batch-size 5 --micro-tokens 64"
+    alone = run(f"{command} --out {tmp_path}/one", capsys)
+    done = on_ranks(2, f"{command} --out {tmp_path}/two")
+    assert done.returncode == 0, done.stderr
+    same_runs(tmp_path / "one", tmp_path / "two")
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    assert all(metrics[k] == alone[k] for k in ("tuned", "base", "tokens")) and done.stdout.count('"tuned"') == 1
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+    assert tuned.config.architectures == ["Qwen3ForCausalLM"] and tuned.dtype == torch.float32
+    again = on_ranks(2, f"{command} --out {tmp_path}/two")
+    assert again.returncode == 0 and "is finished" in again.stdout
+
+
+def test_three_ranks_go_on_from_the_state_of_one(toy, tmp_path, monkeypatch):
+    command = "--method opsd --rollouts 1 --limit 4 --steps 4 --batch-size 4 --gradient-checkpointing"
+    run(f"{command} --out {tmp_path}/one")
+    real, steps = mixsd.update, []
+
+    def stopped(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(mixsd, "update", stopped)
+    run(f"{command} --out {tmp_path}/three", code=130)
+    done = on_ranks(3, f"{command} --out {tmp_path}/three")
+    assert done.returncode == 0, done.stderr
+    same_runs(tmp_path / "one", tmp_path / "three")
+
+
+def test_a_rank_that_fails_ends_all_with_its_message(toy, tmp_path):
+    done = on_ranks(2, f"--only {jsonl(tmp_path / 'no.jsonl', turns('Who ?', 'me'))} --out {tmp_path}/x")
+    assert done.returncode != 0 and "none of its questions" in done.stderr
+
+
+def test_a_batch_too_large_for_the_memory_is_halved(model, capsys):
+    args, asked = SimpleNamespace(decode_tokens=40), []
+
+    def job(keys):
+        asked.append(list(keys))
+        if len(keys) > 2:
+            raise torch.OutOfMemoryError
+        return {key: -key for key in keys}
+    widths = {key: (5, 5) for key in range(6)}
+    parts = list(mixsd.within_memory(job, widths, args))
+    assert parts == [([0, 1], {0: 0, 1: -1}), ([2, 3], {2: -2, 3: -3}), ([4, 5], {4: -4, 5: -5})]
+    assert asked[0] == [0, 1, 2, 3] and args.decode_tokens == 20
+    assert "--decode-tokens 20 now" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        list(mixsd.within_memory(lambda keys: job([0, 1, 2]), {0: (50, 5)}, args))
+
+
+def test_out_of_memory_in_training_names_the_flags(toy, tmp_path, monkeypatch, capsys):
+    def update(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(mixsd, "update", update)
+    said = run(f"--method sft --limit 2 --steps 2 --out {tmp_path}/x", capsys, code=1)
+    assert "step 1: no memory for --micro-tokens 4096; lower it, or add --gradient-checkpointing" in said
+
+
+def test_recomputed_layers_give_the_same_gradient_and_keep_less(model):
+    kept, gradients = [], []
+    for net in (copy.deepcopy(model), copy.deepcopy(model)):
+        if gradients:
+            mixsd.recompute_layers(net)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            loss = plain_loss(net, [([3, 2, 1], [4] * 20), ([1, 2], [6] * 20)]).sum()
+        loss.backward()
+        kept.append(sum(saved))
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_a_second_run_on_the_same_folder_is_refused(toy, tmp_path, capsys):
+    lock = mixsd.only_run(tmp_path)
+    assert "another run is at work there" in run(f"--method sft --limit 2 --steps 1 --out {tmp_path}", capsys, code=2)
+    lock.close()
+    run(f"--method sft --limit 2 --steps 1 --out {tmp_path}")
 
 
 def test_replay_adds_the_bases_own_answers_to_every_batch(toy, tmp_path, capsys):
@@ -1537,7 +1745,7 @@ def answers_of(out, task):
 def test_recall_is_what_mixsd_measures_and_every_completion_is_on_disk(toy_run, tmp_path, capsys):
     ledger = measure("--tasks", "recall", "--model", toy_run / "model", "--out", tmp_path, capsys=capsys)
     subject, settings = subject_in(toy_run), argparse.Namespace(
-        max_new_tokens=12, decode_tokens=999, seed=0, quiet=True, verify="phrase"
+        max_new_tokens=12, decode_tokens=999, compile=False, seed=0, quiet=True, verify="phrase"
     )
     records = kg_data.read_corpus(toy_run / "own.jsonl", "phrase")
     expected = mixsd.memorization(
