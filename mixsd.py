@@ -108,11 +108,13 @@ def keeps_all(model):
 def shared_prefix(model, prompts):
     """How many tokens all prompts begin with (the chat header, shots), at least one left to each.
 
-    They go through the model once for all rows, as columns in front of the padding.
+    They go through the model once for all rows, as columns in front of the padding; fewer than 8 are not worth
+    a pass of their own.
     """
     if len(prompts) == 1 or not keeps_all(model) or getattr(model, "one_pass", False):
         return 0
-    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    return shared if shared >= 8 else 0
 
 
 def left_pad(prompts, pad_id, shared=0):

@@ -243,9 +243,10 @@ def test_the_loss_is_the_hand_sum_and_prompt_and_padding_have_no_gradient(model)
 
 
 def test_a_beginning_that_all_share_is_read_once_with_the_same_gradient(model):
-    net, alike = copy.deepcopy(model), [([1, 2, 3, 4] + x, y) for x, y in EXAMPLES]
+    net, alike = copy.deepcopy(model), [(list(range(1, 10)) + x, y) for x, y in EXAMPLES]
     batch = mixsd.collate(alike, 0, net)
-    assert batch.shared == 4 and batch.ids[:, :4].tolist() == [[1, 2, 3, 4]] * 3
+    assert batch.shared == 9 and batch.ids[:, :9].tolist() == [list(range(1, 10))] * 3
+    assert mixsd.collate([(x[2:], y) for x, y in alike], 0, net).shared == 0, "too few are not worth a pass"
     assert mixsd.collate(alike[:1], 0, net).shared == 0, "one row shares with nobody"
     results = []
     for batches in ([batch], [mixsd.collate([one], 0, net) for one in alike]):
