@@ -6,6 +6,7 @@
     python eval.py --nll RUN/targets.jsonl ... --model BASE                   # why: what surprises the base
     python eval.py --fisher RUN ... --base BASE --fisher-tasks gsm8k,mmlu     # why: along what it moved
     python eval.py --report RUN ...                                           # a table, and frontier.png
+    python eval.py --bench --model BASE                                       # how fast
 
 A model is a Hugging Face folder, a hub id, or `toy`.  Prompts go through its chat template, thinking off, and
 mixsd.py's `decode` with one context answers them.  Every task is a row of the table TASKS.
@@ -1103,7 +1104,7 @@ def parse_args(argv=None):
     mode.add_argument("--tasks", **LIST, metavar="T,T", help=f"measure {', '.join(TASKS)}")
     mode.add_argument("--nll", nargs="+", metavar="FILE", help="NLL of target FILEs under --model, the base")
     mode.add_argument("--fisher", nargs="+", metavar="RUN", help="the directions in which RUNs left --base")
-    mode.add_argument("--bench", **LIST, nargs="?", const=PARTS[:2] + ["train"], metavar="P,P",
+    mode.add_argument("--bench", **LIST, nargs="?", const=["decode", "generate", "train"], metavar="P,P",
                       help=f"time {', '.join(PARTS)} (default: decode,generate,train)")
     mode.add_argument("--report", nargs="+", metavar="RUN", help="one table of RUNs, and frontier.png")
     for flag, (_, options) in FLAGS.items():

@@ -1083,6 +1083,40 @@ def test_opsd_killed_on_the_way_ends_bit_for_bit_the_same(toy, tmp_path, monkeyp
     assert logs[0] == logs[1] and weights[0] == weights[1]
 
 
+# --------------------------------------------------------------------------------------------------- how fast
+
+def test_the_bench_times_what_it_says(toy, capsys):
+    command = f"--bench decode,generate,resubmit,train --model {toy} --dtype float32 --batch-size 3 --quiet"
+    assert evaluation.main([*command.split(), "--max-new-tokens", "5"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    parts = result["parts"]
+    assert set(parts) == {"prefill", "decode", "step", "generate", "resubmit", "train"}
+    assert all(p["min"] <= p["median"] <= p["max"] and p["n"] == 5 for p in parts.values())
+    assert parts["decode"]["tokens_s"] == pytest.approx(3 * 5 / parts["decode"]["median"])
+    assert parts["step"]["floor"] > 0 and "resubmit takes" in out and parts["generate"]["ratio"] > 0
+    weights = mixsd.load_model(toy, torch.float32, "cpu").num_parameters()
+    assert parts["step"]["floor"] > 4 * weights / (result["copy_gb_s"] * 1e9)
+
+
+def test_resubmission_is_the_definition_of_mixed_decoding(model):
+    contexts, source = prompts(), mixsd.draw_sources(0.5, 12, 1, range(6))
+    y, n = mixsd.decode(model, contexts, source, STOPS)
+    again = evaluation.resubmit(model, contexts, source, 0)                     # it knows no stop
+    assert [row[:k or None] for row, k in zip(y.tolist(), n)] == [row[:k or None] for row, k in
+                                                                  zip(again.tolist(), n)]
+
+
+def test_the_bench_gives_a_folder_without_weights_random_ones(toy, tmp_path, capsys):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (toy / name).exists():
+            shutil.copy(toy / name, tmp_path)
+    command = f"--bench decode --model {tmp_path} --dtype bfloat16 --batch-size 2 --max-new-tokens 3 --quiet"
+    assert evaluation.main(command.split()) == 0
+    assert "not used here" in measure("--bench", "train", "--model", toy, "--samples", 3, code=2, capsys=capsys)
+    assert "no task x for --bench" in measure("--bench", "x", "--model", toy, code=2, capsys=capsys)
+
+
 # ------------------------------------------------------------------------------------------------- many ranks
 
 def on_ranks(n, command):
