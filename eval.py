@@ -858,8 +858,8 @@ def trl_rounds(model, tokenizer, records, a_round, args):
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(output_dir=folder, max_steps=1 + ROUNDS, learning_rate=0.0,
                            per_device_train_batch_size=args.batch_size, use_cpu=args.device == "cpu",
-                           bf16=model.dtype == torch.bfloat16, gradient_checkpointing=False, save_strategy="no", logging_strategy="no",
-                           report_to=[], disable_tqdm=True)
+                           bf16=model.dtype == torch.bfloat16, gradient_checkpointing=False,
+                           save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True)
         rows = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in records]
         student = copy.deepcopy(model).float()
         student.set_attn_implementation("sdpa")

@@ -16,8 +16,8 @@ turns:
 The baselines go through the same loop: SFT, OPSD (the student writes its own targets as it learns), a KL
 anchor to p, and replay; see `guided_loss` and `objective`.
 
-The file runs in this order: contexts, mixed decoding, loss, targets, training, memorization, the toy base,
-devices and files, command line.
+The file runs in this order: contexts, mixed decoding, loss, targets, training, many GPUs, memorization, the
+toy base, devices and files, command line.
 
 Letters:  B examples   C contexts   P prompt width, left-padded   T target tokens   L = P + T
           V vocabulary   R = examples still being decoded   N target tokens in a step
@@ -108,8 +108,8 @@ def keeps_all(model):
 def shared_prefix(model, prompts):
     """How many tokens all prompts begin with (the chat header, shots), at least one left to each.
 
-    They go through the model once for all rows, as columns in front of the padding; fewer than 8 are not worth
-    a pass of their own.
+    They go through the model once for all rows, as columns in front of the padding; fewer than 8 are not
+    worth a pass of their own.
     """
     if len(prompts) == 1 or not keeps_all(model) or getattr(model, "one_pass", False):
         return 0
@@ -482,7 +482,8 @@ def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
 
     kept = {i for d in draws for i in d["kept"]}
     bar = tqdm(total=len(taught), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
-    with open(path if first else os.devnull, "ab") as targets, open(journal if first else os.devnull, "a") as log:
+    files = (path, journal) if first else (os.devnull, os.devnull)
+    with open(files[0], "ab") as targets, open(files[1], "a") as log:
         for attempt, rho in rounds:
             done = {i for d in draws if d["attempt"] == attempt for i in d["ids"]}
             new = 0 if rho is None else args.max_new_tokens
@@ -816,8 +817,8 @@ def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="
                 except FloatingPointError as e:
                     raise RunError(f"step {step}, examples {ids}: {e}; step {done} is kept") from None
                 except torch.OutOfMemoryError:
-                    raise RunError(f"step {step}: no memory for --micro-tokens {settings.micro_tokens}; lower "
-                                   f"it, or add --gradient-checkpointing") from None
+                    raise RunError(f"step {step}: no memory for --micro-tokens {settings.micro_tokens}; "
+                                   f"lower it, or add --gradient-checkpointing") from None
                 done, seconds = step, time.time() - start
                 if log:
                     row = {"step": step, "epoch": epoch, "nll": loss, "tokens": N, "lr": lr,
