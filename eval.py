@@ -745,7 +745,8 @@ def fisher_runs(args):
 
 # ------------------------------------------------------------------------------------------------- how fast
 
-PARTS = ["decode", "generate", "generate-float32", "resubmit", "train", "trl"]
+RIVALS = {"generate": "decode", "generate-float32": "decode", "resubmit": "decode", "trl": "train"}
+PARTS = ["decode", "train", *RIVALS]
 ROUNDS = 5                                                  # of each part in turn, after one to warm up
 
 
@@ -758,6 +759,8 @@ def bench(args):
     resubmit  the definition: prompt and prefix of who speaks, read anew for every token
     train     an optimizer step on as many canonical targets;  trl: the same in TRL's SFTTrainer
     """
+    if args.model == "toy":
+        args.model = str(mixsd.toy_base(args.quiet)[0])
     model, tokenizer = bench_model(args, getattr(torch, args.dtype)), mixsd.load_tokenizer(args.model)
     facts = kg_data.load_corpus("kgfact-small", "train", "sentence")
     records, stops = [facts[i % len(facts)] for i in range(args.batch_size)], [model.config.vocab_size - 1]
@@ -943,8 +946,8 @@ def bench_results(model, jobs, measured, prompts, examples, T, args):
                                  "tokens_s": tokens / s, "peak_gib": gib, "floor": floor}
         print(f"{part:18}{s:10.4f}{min(values):9.4f}{max(values):9.4f}{tokens / s:10.1f}"
               + (f"{gib:7.2f}" if gib else " " * 7) + (f"{floor:9.4f}{s / floor:9.1f}" if floor else ""))
-    for part, own in [(p, "train" if p == "trl" else "decode") for p in seconds]:
-        if part in ("generate", "generate-float32", "resubmit", "trl") and own in seconds:
+    for part, own in RIVALS.items():
+        if {part, own} <= seconds.keys():
             ratios = sorted(a / b for a, b in zip(seconds[part], seconds[own]))
             result["parts"][part]["ratio"] = statistics.median(ratios)
             print(f"{part} takes {statistics.median(ratios):.2f} x the time of {own} "

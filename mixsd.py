@@ -795,11 +795,11 @@ def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), eps=1e-8,
                                   weight_decay=0.01, fused=True)
     done = load_state(folder, model, optimizer) if folder else 0
-    first, alone = (count == k for count, k in zip(ranks(), (0, 1)))
+    rank, world = ranks()
     if work is not model:
         copy_weights(model, work)
         lend_gradients(work, model)
-    log = cut_log(folder / "log.jsonl", done) if folder and first else None
+    log = cut_log(folder / "log.jsonl", done) if folder and rank == 0 else None
     per_epoch = math.ceil(n / settings.batch_size)
     resumed, saved_at, save_cost = done, time.time(), 0.0
     bar = tqdm(total=settings.steps, initial=done, desc=desc, unit="step", disable=settings.quiet)
@@ -838,7 +838,7 @@ def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="
         bar.close()
         if log:
             log.close()
-        if folder and done > resumed and (alone or done == settings.steps):     # ranks don't stop in step
+        if folder and done > resumed and (world == 1 or done == settings.steps):     # ranks don't stop in step
             save_state(folder, done, model, optimizer)
 
 
@@ -854,7 +854,6 @@ def cut_log(path, step):
 # batch with the whole frozen base, and trains its share with its part of the weights (FSDP2); rank 0 writes.
 # With one process these functions give back what they get.
 
-
 def ranks():
     """(this process's rank, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -865,7 +864,8 @@ def join_ranks(args):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     on_gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
-    args.device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
+    if on_gpu:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
     if dist.get_rank():
         sys.stdout, args.quiet = open(os.devnull, "w"), True

@@ -1063,17 +1063,23 @@ def test_rollouts_are_the_sampled_ids_of_the_students_weights_now_whatever_the_b
 OPSD_RUN = "--method opsd --rollouts 2 --limit 6 --steps 6 --batch-size 4"
 
 
-def test_opsd_killed_on_the_way_ends_bit_for_bit_the_same(toy, tmp_path, monkeypatch, capsys):
-    whole = run(f"{OPSD_RUN} --out {tmp_path}/whole", capsys)
-    assert whole["targets"] is None and whole["tokens"]["decoded"] == whole["tokens"]["trained"] > 0
+def stopped_at(step, monkeypatch):
+    """Have Ctrl-C pressed at a step of the next run; returns a list that grows with every step begun."""
     real, steps = mixsd.update, []
 
     def stopped(*args):
         steps.append(1)
-        if len(steps) == 4:
+        if len(steps) == step:
             raise KeyboardInterrupt
         return real(*args)
     monkeypatch.setattr(mixsd, "update", stopped)
+    return steps
+
+
+def test_opsd_killed_on_the_way_ends_bit_for_bit_the_same(toy, tmp_path, monkeypatch, capsys):
+    whole = run(f"{OPSD_RUN} --out {tmp_path}/whole", capsys)
+    assert whole["targets"] is None and whole["tokens"]["decoded"] == whole["tokens"]["trained"] > 0
+    steps = stopped_at(4, monkeypatch)
     run(f"{OPSD_RUN} --out {tmp_path}/again", code=130)
     run(f"{OPSD_RUN} --out {tmp_path}/again")
     assert len(steps) == 4 + 3
@@ -1111,6 +1117,7 @@ def test_the_bench_gives_a_folder_without_weights_random_ones(toy, tmp_path, cap
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (toy / name).exists():
             shutil.copy(toy / name, tmp_path)
+    assert measure("--bench", "decode", "--model", "toy", "--batch-size", 1, capsys=capsys)["dtype"] == "float32"
     command = f"--bench decode --model {tmp_path} --dtype bfloat16 --batch-size 2 --max-new-tokens 3 --quiet"
     assert evaluation.main(command.split()) == 0
     assert "not used here" in measure("--bench", "train", "--model", toy, "--samples", 3, code=2, capsys=capsys)
@@ -1155,14 +1162,7 @@ def test_two_ranks_make_the_same_targets_losses_and_weights_as_one(toy, tmp_path
 def test_three_ranks_go_on_from_the_state_of_one(toy, tmp_path, monkeypatch):
     command = "--method opsd --rollouts 1 --limit 4 --steps 4 --batch-size 4 --gradient-checkpointing"
     run(f"{command} --out {tmp_path}/one")
-    real, steps = mixsd.update, []
-
-    def stopped(*args):
-        steps.append(1)
-        if len(steps) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-    monkeypatch.setattr(mixsd, "update", stopped)
+    stopped_at(3, monkeypatch)
     run(f"{command} --out {tmp_path}/three", code=130)
     done = on_ranks(3, f"{command} --out {tmp_path}/three")
     assert done.returncode == 0, done.stderr
