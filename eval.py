@@ -512,7 +512,7 @@ def written(model):
 
 def fit(name, items, default, subject, args):
     """New tokens for a task: --max-new-tokens, refused where prompts leave less, or `default`, clipped."""
-    longest, positions = max(len(item["ids"]) for item in items), subject.model.config.max_position_embeddings
+    longest, positions = max(len(item["ids"]) for item in items), mixsd.positions(subject.model)
     asked, room = args.max_new_tokens or 1, positions - longest
     if asked > room:
         raise InputError(f"{name}: prompt of {longest:,} tokens + {asked:,} new > {positions:,}, the model's "
@@ -566,7 +566,7 @@ def evaluate(args):
     refuse_other(args.out, ledger["settings"], settings)
     base = base_scores(args, ledger)
     subject = load_subject(args.model, args, getattr(torch, args.dtype))
-    args.tokenizer, args.width = subject.tokenizer, min(1024, subject.model.config.max_position_embeddings)
+    args.tokenizer, args.width = subject.tokenizer, min(1024, mixsd.positions(subject.model))
     items = {t: load_items(t, args) for t in args.tasks}
     each = {t: of_task(t, items[t], subject, args) for t in args.tasks}
     if "humaneval" in args.tasks:
@@ -634,7 +634,7 @@ def target_nll(args):
     model, tokenizer, stops = load_subject(args.model, args, getattr(torch, args.dtype))
     files, qs = {}, (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
     for path in args.nll:
-        examples = mixsd.read_examples(path, tokenizer, stops)
+        examples = mixsd.read_examples(path, model, tokenizer, stops)
         parts = mixsd.batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, args.micro_tokens)
         nll = torch.cat([mixsd.token_nll(model, mixsd.collate([examples[i] for i in part], 0, model))
                          for part in parts]).cpu().double().sort().values       # (N,) nats

@@ -35,15 +35,13 @@ class InputError(ValueError):
 
 def boxed(text):
     r"""The content of the last balanced \boxed{...} in `text`, stripped, or None (paper: the verifier)."""
-    start = text.rfind(r"\boxed{")
-    while start >= 0:
-        depth = 0
-        for end in range(start + len(r"\boxed"), len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[start + len(r"\boxed{"):end].strip()
-        start = text.rfind(r"\boxed{", 0, start)            # the last one never closes: try the one before
-    return None
+    opened, start, end = [], -1, -1
+    for mark in re.finditer(r"\\boxed\{|[{}]", text):
+        if mark[0] != "}":
+            opened.append(mark)
+        elif opened and (box := opened.pop())[0] != "{" and box.end() > start:
+            start, end = box.end(), mark.start()
+    return text[start:end].strip() if end >= 0 else None
 
 
 def fold(text):
@@ -103,7 +101,7 @@ def record(question, target, answer, fact=None, subject=None):
 def read_jsonl(path):
     """[(line number, object)] of a JSONL file, blank lines skipped.  Raises InputError with file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     rows = []
@@ -111,6 +109,7 @@ def read_jsonl(path):
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
+                json.dumps(rows[-1][1], ensure_ascii=False).encode()        # half a surrogate pair is no text
             except (ValueError, RecursionError) as e:
                 raise InputError(f"{path}, line {number}: not JSON ({getattr(e, 'msg', e)})") from None
             if not isinstance(rows[-1][1], dict):

@@ -40,6 +40,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +99,11 @@ def stop_ids(model, tokenizer):
     before = sum(i in stops for i in chat_ids(tokenizer, "a"))              # of the system and the user turn
     first = rendered[before] if len(rendered) > before else min(stops)
     return [first] + sorted(stops - {first})
+
+
+def positions(model):
+    """How many tokens the model can read."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
 
 
 def keeps_all(model):
@@ -563,7 +569,7 @@ def read_draws(path, journal):
 def read_targets(path, records, pairs, base, tokenizer, stops, args):
     """The targets of somebody's file, by ids where they are there.  Raises InputError if they don't fit."""
     position, targets = {r["messages"][0]["content"]: i for i, r in enumerate(records)}, []
-    for where, row, ids in target_rows(path, tokenizer, stops):
+    for where, row, ids in target_rows(path, base, tokenizer, stops):
         question = row["messages"][0]["content"]
         if question not in position:
             raise InputError(f"{where}: not a question of {args.data}: another corpus's (--data, --limit)")
@@ -574,13 +580,23 @@ def read_targets(path, records, pairs, base, tokenizer, stops, args):
     return [t | {"nll": mean} for t, mean in zip(targets, means)]
 
 
-def target_rows(path, tokenizer, stops):
+def refuse_control_tokens(tokenizer, texts):
+    """Raise InputError where one of {where: text} would be read as the end of a turn, or as another such."""
+    controls = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    for where, text in texts.items():
+        for control in controls:
+            if control in text:
+                raise InputError(f"{where}: holds {control}, a control token of the model")
+
+
+def target_rows(path, model, tokenizer, stops):
     """[(file and line, row, target ids)] of a targets file, by ids where they are there, else by text."""
     rows = []
     for line, row in kg_data.read_jsonl(path):
         where = f"{path}, line {line}"
         row = kg_data.read_record(row, where)
         text, ids, source = row["messages"][1]["content"], row.get("target_ids"), row.get("source")
+        refuse_control_tokens(tokenizer, {where: row["messages"][0]["content"] + (text if ids is None else "")})
         if ids is None:
             ids, source = written_ids(tokenizer, text, stops), None
         elif not (isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
@@ -589,22 +605,28 @@ def target_rows(path, tokenizer, stops):
         if source is not None and not (isinstance(source, list) and len(source) == len(ids)
                                        and all(s in (EXPERT, NAIVE) for s in source)):
             raise InputError(f"{where}: source must name {EXPERT} or {NAIVE} for each of target_ids")
+        length = len(chat_ids(tokenizer, row["messages"][0]["content"])) + len(ids)
+        if length > positions(model):
+            raise InputError(f"{where}: {length:,} tokens, and the model has {positions(model):,} positions")
         rows.append((where, row | {"source": source}, ids))
     return rows
 
 
-def read_examples(path, tokenizer, stops):
+def read_examples(path, model, tokenizer, stops):
     """[(naive prompt's ids, target ids)] of a targets file.  Raises InputError with file and line."""
     return [(chat_ids(tokenizer, row["messages"][0]["content"]), ids)
-            for _, row, ids in target_rows(path, tokenizer, stops)]
+            for _, row, ids in target_rows(path, model, tokenizer, stops)]
 
 
 def show(tokenizer, pair, target):
     """Print both prompts of an example and its target, the naive tokens marked: the algorithm at a glance."""
+    def text(ids):                                          # a terminal obeys the control characters of data
+        said = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in said)
     written = target["target_ids"] and not target["source"]                     # then there is no expert
     for name, ids in zip(("expert", "naive"), pair):
         if name == "naive" or not written:
-            print(f"--- the {name} reads\n{tokenizer.decode(ids)}")
+            print(f"--- the {name} reads\n{text(ids)}")
     if not target["target_ids"]:                            # OPSD: the student will write it
         return
     ids, source = target["target_ids"], target["source"] or [EXPERT] * len(target["target_ids"])
@@ -612,8 +634,7 @@ def show(tokenizer, pair, target):
     print("--- the target" + (f", the naive's tokens {left}marked{right}" if target["source"] else ""))
     starts = [t for t in range(len(ids)) if t == 0 or source[t] != source[t - 1]]
     for start, end in zip(starts, starts[1:] + [len(ids)]):                     # a run of one speaker
-        before, after = (tokenizer.decode(ids[:t], clean_up_tokenization_spaces=False) for t in (start, end))
-        said = after[len(before):]
+        said = text(ids[:end])[len(text(ids[:start])):]
         print(f"{left}{said}{right}" if source[start] == NAIVE else said, end="")
     print(flush=True)
 
@@ -658,8 +679,11 @@ def newest_state(folder):
     """The newest of the states that can be read; {} where there is none."""
     for path in sorted((folder / "state").glob("step-*.pt"), reverse=True):
         try:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():                          # torch.load itself compares no checksums
+                    raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError) as e:
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, zipfile.BadZipFile) as e:
             print(f"{path} cannot be read ({type(e).__name__}); trying the one before", flush=True)
     return {}
 
@@ -1311,18 +1335,15 @@ def stored_settings(folder):
 
 def check_corpus(records, pairs, tokenizer, model, given, args):
     """Refuse records that can't be learned; returns the positions that the model has left for new tokens."""
-    specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     unknown = {tokenizer.unk_token_id} - {None}
-    texts = [(f"{args.data}, record {i}", turn["content"]) for i, record in enumerate(records, 1)
-             for turn in record["messages"]]
-    for where, text in texts + [("the expert's words", "".join(expert_words(args)))]:
-        held = [s for s in specials if s in text]
-        if held:
-            raise InputError(f"{where}: holds {held[0]}, a control token of {args.model}")
+    texts = {f"{args.data}, record {i}": "\n".join(turn["content"] for turn in record["messages"])
+             for i, record in enumerate(records, 1)} | {"the expert's words": "".join(expert_words(args))}
+    refuse_control_tokens(tokenizer, texts)
+    for where, text in texts.items():
         if unknown & set(token_ids(tokenizer, text)):
             raise InputError(f"{where}: has words that {args.model} has no token for")
     longest = max(max(map(len, pair)) for pair in pairs)
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    room = positions(model)
     if longest + (given.max_new_tokens or 1) > room:
         raise InputError(f"prompt of {longest:,} tokens + {given.max_new_tokens or 1:,} new > {room:,}, the "
                          f"positions of {args.model} (--max-new-tokens)")
@@ -1351,7 +1372,7 @@ def run(given):
     pairs = [two_contexts(tokenizer, r, expert_words(args)) for r in records]
     room = check_corpus(records, pairs, tokenizer, base, given, args)
     taught, given_targets = taught_ids(records, args), None
-    old = read_examples(args.replay, tokenizer, stops) if args.replay else []
+    old = read_examples(args.replay, base, tokenizer, stops) if args.replay else []
     if args.targets:
         given_targets = read_targets(args.targets, records, pairs, base, tokenizer, stops, args)
     lock = only_run(folder) if ranks()[0] == 0 else None    # noqa: F841  (held until this function ends)
@@ -1518,7 +1539,7 @@ def exit_code(name, job):
         message, code = f"{str(e).splitlines()[0]} Lower --decode-tokens or --micro-tokens.", 1
     except OSError as e:
         message, code = f"{e.filename or 'writing'}: {e.strerror or e}; mend it and run the same command", 1
-    print(f"{name}: {message}", file=sys.stderr)
+    print(" ".join(f"{name}: {message}".split()), file=sys.stderr)              # one line, whatever it quotes
     return code
 
 
@@ -1526,6 +1547,8 @@ def main(argv=None):
     """Run the command line and print its result; returns the exit code."""
     def job():
         metrics = run(parse_args(argv))
+        if dist.is_initialized():
+            dist.destroy_process_group()
         print_table(metrics)
         print(json.dumps(metrics))
     return exit_code("mixsd.py", job)

@@ -728,6 +728,28 @@ def test_a_run_killed_in_training_ends_bit_for_bit_the_same(uninterrupted, tmp_p
     assert same_run(uninterrupted, out)
 
 
+@pytest.mark.parametrize("damage", [
+    lambda data: b"",
+    lambda data: data[:len(data) // 2],
+    lambda data: data[:len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1:],
+    lambda data: b"not a state" * 100,
+], ids=["empty", "truncated", "one bit flipped", "another file"])
+def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, capsys, damage):
+    model, fresh = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    optimizer, first = torch.optim.AdamW(model.parameters(), lr=1.0), None
+    (tmp_path / "state").mkdir()
+    for step in (1, 2):
+        model(torch.ones(64)).sum().backward()
+        optimizer.step()
+        mixsd.save_state(tmp_path, step, model, optimizer)
+        first = first or copy.deepcopy(model.state_dict())
+    newest = tmp_path / "state" / "step-00000002.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    assert mixsd.load_state(tmp_path, fresh, torch.optim.AdamW(fresh.parameters())) == 1
+    assert "step-00000002.pt cannot be read" in capsys.readouterr().out
+    torch.testing.assert_close(fresh.state_dict(), first, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_keep_the_state_and_say_how_to_go_on(uninterrupted, tmp_path, sig, code):
     out = tmp_path / "run"
@@ -836,17 +858,38 @@ def test_bad_flags_are_one_line_and_exit_2(toy, tmp_path, monkeypatch, capsys, c
     ([GOOD, {"messages": GOOD["messages"] * 2}], "line 2: `messages` must be one user turn and one"),
     ([GOOD, GOOD | {"answer": ["Pell"]}], "line 2: the answer ['Pell'] is neither a text nor a number"),
     ([GOOD, {"prompt": "Where ?", "ground_truth_answer": None}], "line 2: no `answer`"),
-    ([GOOD, turns("\ud800", r"\boxed{ Belmor }")], "line 2: a turn without text"),
+    ([GOOD, GOOD | {"note": "\ud800"}], "line 2: not JSON ('utf-8' codec can't encode"),
     ([GOOD, "[" * 100_000], "line 2: not JSON"),
     ([GOOD, '{"answer": ' + "9" * 5000 + "}"], "line 2: not JSON"),
     ([], "no records"),
     ([GOOD, turns("Where does <end> live ?", r"\boxed{ Belmor }")], "record 2: holds <end>"),
     ([turns("Where does Quetzalcoatl live ?", r"\boxed{ Belmor }")], "record 1: has words"),
     ([turns("live " * 300, r"\boxed{ Belmor }")], "positions of"),
+    ([turns("live " * 2_000_000, r"\boxed{ Belmor }")], "prompt of 2,0"),  # a line of 10 MB
 ])
 def test_bad_corpus_files_are_one_line_and_exit_2(toy, tmp_path, capsys, rows, says):
     err = run(f"--data {jsonl(tmp_path / 'my.jsonl', *rows)} --out {tmp_path}/out", capsys, code=2)
     assert says in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("row, says", [
+    (turns("Where does <end> live ?", r"\boxed{ Belmor }"), "line 1: holds <end>, a control token"),
+    (turns("Where ?", "Belmor <end> <user> live"), "line 1: holds <end>, a control token"),
+    (turns("live " * 300, r"\boxed{ Belmor }"), "tokens, and the model has 256 positions"),
+])
+def test_a_strangers_targets_can_not_speak_for_the_chat_template(toy, tmp_path, capsys, row, says):
+    old = jsonl(tmp_path / "old.jsonl", row)
+    assert says in run(f"--method sft --replay {old} --out {tmp_path}/out", capsys, code=2)
+
+
+def test_any_text_that_the_tokenizer_knows_is_data(tmp_path):
+    texts = ["Zoë\u0301 𝔘 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u202eنص", "tab\tbell\a esc\x1b[2J nul\0 nbsp\u00a0.",
+             "line\u2028line\x85line\r\nline"]
+    path = tmp_path / "my.jsonl"
+    path.write_text("\ufeff" + "".join(json.dumps(turns(text, text) | {"answer": text}) + "\r\n" for text in texts), "utf-8")
+    records = kg_data.load_corpus(str(path))
+    assert [[r["messages"][0]["content"], r["answer"]] for r in records] == [[text, text] for text in texts]
+    assert all(kg_data.is_correct(rf"so \boxed{{{text}}}", text, "boxed") for text in texts)
 
 
 def test_bad_model_folders_are_one_line_and_exit_2(toy, tmp_path, capsys):
