@@ -23,7 +23,8 @@ from which a killed evaluation goes on, and eval.json, in metrics.json's form:
 
     model, settings         what was measured, and how; other settings on the same OUT are refused
     tasks {task: score}     accuracy, n (problems), low, high, samples, no_answer (share), errors {kind: n};
-                            or nll (nats/token), tokens, n (drift: also base_nll, and rise, the difference);
+                            or nll (nats/token), tokens, n (drift: also base_nll, and rise, the difference,
+                            with its 95 % interval low, high, the question as the unit);
                             and partial (true: a subset), of (the whole set's size), version (the task's)
     average, average_of     mean accuracy of those of the five benchmarks measured, or of arc_easy, held_out
     base, base_average      the tasks of --base OUT, and the same mean there
@@ -69,14 +70,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import kg_data
 import mixsd
 from kg_data import InputError, boxed, hub_rows
-from mixsd import RunError
+from mixsd import RunError, read_json
 
 FIVE = ["gsm8k", "math500", "aime24", "humaneval", "mmlu"]              # the paper's held-out benchmarks
 SMALL = ["arc_easy", "held_out"]                                        # what small models are judged on
 IN_DOMAIN = {                                                           # task: (corpus, or the run's; split)
     "recall": (None, "train"), "paraphrase": (None, "paraphrase"), "retrieval": (None, "retrieval"),
     "retrieval-unseen": (None, "retrieval-unseen"), "two-hop": (None, "two-hop"),
-    "multi-hop": (None, "multi-hop"), "kgfunc-test": ("kgfunc", "test"),
+    "multi-hop": (None, "multi-hop"), "held_out": ("toy", "held_out"), "kgfunc-test": ("kgfunc", "test"),
     "kgfunc-unseen": ("kgfunc-unseen", "test")}
 
 
@@ -343,11 +344,6 @@ def load_in_domain(corpus, split, limit, args=PLAIN):
     return subset([record_item(r, verify) for r in records], limit, args.seed)
 
 
-def load_held_out(limit, args=PLAIN):
-    """The toy's held-out questions, of three tasks that it was pretrained on."""
-    return subset([record_item(r) for r in kg_data.toy("held_out")], limit, args.seed)
-
-
 def question(item):
     """The question as it stands."""
     return item["question"]
@@ -390,7 +386,8 @@ def load_subject(model, args, dtype):
 
 def nll_of(model, prompt, targets, args):
     """Nats/token of each of `targets` (lists of ids) after `prompt`."""
-    return mixsd.mean_nll(model, [(prompt, target) for target in targets], 0, args.micro_tokens)
+    examples = [(prompt, target) for target in targets]
+    return [nll.mean().item() for nll in mixsd.token_nlls(model, examples, 0, args.micro_tokens)]
 
 
 def generated(subject, task, todo, args):
@@ -409,7 +406,7 @@ def generated(subject, task, todo, args):
 def chosen(subject, task, todo, args):
     """The choice whose text has the highest mean log-probability after the chat prompt."""
     for item, sample in todo:
-        ids = [subject.tokenizer(text, add_special_tokens=False)["input_ids"] for text in item["choices"]]
+        ids = [mixsd.token_ids(subject.tokenizer, text) for text in item["choices"]]
         nll = nll_of(subject.model, item["ids"], ids, args)
         text = item["choices"][nll.index(min(nll))]
         correct, extracted = task.verdict(text, item)
@@ -460,7 +457,6 @@ TASKS: dict[str, Task] = {
     "arc_easy": Task(load_arc, question, lambda text, item: (text == item["gold"], text), 0, 1, chosen),
     "wikitext": Task(load_wikitext, None, None, 0, 1, windowed),
     "drift": Task(load_drift, question, None, 64, 1, drifted),
-    "held_out": Task(load_held_out, question, judge_in_domain, 1024, 1, must_end=True),
 } | {task: Task(functools.partial(load_in_domain, *of), question, judge_in_domain, 1024, 1, must_end=True)
      for task, of in IN_DOMAIN.items()}
 
@@ -480,7 +476,11 @@ def scored(rows):
     else:
         score = {key: sum(row[key] * row["tokens"] for row in rows) / total
                  for key in ("nll", "base_nll") if key in rows[0]}
-        score |= {"rise": score["nll"] - score["base_nll"]} if "base_nll" in score else {}
+        if "base_nll" in score:
+            rise = score["nll"] - score["base_nll"]
+            apart = sum(((row["nll"] - row["base_nll"] - rise) * row["tokens"]) ** 2 for row in rows)
+            reach = 1.96 * math.sqrt(apart) / total         # 95 %, the question as the unit
+            score |= {"rise": rise, "low": rise - reach, "high": rise + reach}
         score |= {"tokens": total, "n": len(rows)}
     return score | {"partial": len(problems) < rows[0]["of"], "of": rows[0]["of"]}
 
@@ -489,12 +489,6 @@ def averaged(tasks):
     """(mean accuracy or None, of which tasks): the five benchmarks as far as they are there, else SMALL."""
     names = [t for t in FIVE if t in tasks] or [t for t in SMALL if t in tasks]
     return statistics.fmean(tasks[t]["accuracy"] for t in names) if names else None, names
-
-
-def read_json(folder, name):
-    """The object in folder/name, {} where there is no such file."""
-    path = Path(folder) / name
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def refuse_other(where, held, wanted):
@@ -512,7 +506,7 @@ def written(model):
 
 def fit(name, items, default, subject, args):
     """New tokens for a task: --max-new-tokens, refused where prompts leave less, or `default`, clipped."""
-    longest, positions = max(len(item["ids"]) for item in items), mixsd.positions(subject.model)
+    longest, positions = max(len(item["ids"]) for item in items), mixsd.max_positions(subject.model)
     asked, room = args.max_new_tokens or 1, positions - longest
     if asked > room:
         raise InputError(f"{name}: prompt of {longest:,} tokens + {asked:,} new > {positions:,}, the model's "
@@ -524,7 +518,7 @@ def fit(name, items, default, subject, args):
 
 def of_task(name, items, subject, args):
     """`args` as they hold for one task: its length, temperature and samples."""
-    task, own, args = TASKS[name], name in IN_DOMAIN or name == "held_out", argparse.Namespace(**vars(args))
+    task, own, args = TASKS[name], name in IN_DOMAIN, argparse.Namespace(**vars(args))
     if task.answer is not generated:
         args.max_new_tokens, args.samples = task.max_new_tokens, 1
         return args
@@ -566,7 +560,7 @@ def evaluate(args):
     refuse_other(args.out, ledger["settings"], settings)
     base = base_scores(args, ledger)
     subject = load_subject(args.model, args, getattr(torch, args.dtype))
-    args.tokenizer, args.width = subject.tokenizer, min(1024, mixsd.positions(subject.model))
+    args.tokenizer, args.width = subject.tokenizer, min(1024, mixsd.max_positions(subject.model))
     items = {t: load_items(t, args) for t in args.tasks}
     each = {t: of_task(t, items[t], subject, args) for t in args.tasks}
     if "humaneval" in args.tasks:
@@ -614,8 +608,8 @@ def print_scores(ledger):
     for task, s in ledger["tasks"].items():
         label = f"  partial: {s['n']:,} of {s['of']:,}" if s["partial"] else ""
         if "nll" in s:
-            rise = f", {s['rise']:+.3f} over the base" if "rise" in s else ""
-            print(f"{task:17} {s['nll']:.3f} nats/token over {s['tokens']:,} tokens{rise}{label}")
+            rise = "{rise:+.3f} [{low:+.3f}, {high:+.3f}] over the base".format(**s) if "rise" in s else ""
+            print(f"{task:17} {s['nll']:.3f} nats/token over {s['tokens']:,} tokens  {rise}{label}")
         else:
             kinds = ", ".join(f"{kind} {count}" for kind, count in s["errors"].items())
             print(f"{task:17} {s['accuracy']:.3f} [{s['low']:.3f}, {s['high']:.3f}]  n {s['n']:,}{label}  "
@@ -635,9 +629,8 @@ def target_nll(args):
     files, qs = {}, (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
     for path in args.nll:
         examples = mixsd.read_examples(path, model, tokenizer, stops)
-        parts = mixsd.batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, args.micro_tokens)
-        nll = torch.cat([mixsd.token_nll(model, mixsd.collate([examples[i] for i in part], 0, model))
-                         for part in parts]).cpu().double().sort().values       # (N,) nats
+        nll = torch.cat(mixsd.token_nlls(model, examples, 0, args.micro_tokens))
+        nll = nll.cpu().double().sort().values              # (N,) nats
         files[path] = {"targets": len(examples), "tokens": len(nll), "mean": nll.mean().item(),
                        "above_5": (nll > 5).double().mean().item(),
                        "quantiles": {q: nll[math.ceil(q * len(nll)) - 1].item() for q in qs}}
@@ -729,17 +722,18 @@ def correlation(pairs):
 
 
 def fisher_runs(args):
-    """R and ||d||^2 of each run, also in RUN/fisher.json; over runs, how they correlate with the drop."""
-    drops, runs = {run: read_run(run)["drop"] for run in args.fisher}, {}
+    """R and ||d||^2 of each run, also in RUN/fisher.json; over runs, how they correlate with the loss."""
+    read, runs = {run: read_run(run) for run in args.fisher}, {}
     subject = load_subject(args.base, args, torch.float32)
     fisher, base = base_fisher(subject, args), dict(subject.model.named_parameters())
     for run in args.fisher:
         runs[run] = alignment(fisher, base, tensor_of(run, base)) | {
             "base": args.base, "tasks": args.fisher_tasks, "n": args.fisher_n, "responses": "greedy"}
         mixsd.write_atomically(Path(run) / "fisher.json", json.dumps(runs[run], indent=1).encode())
-        print(f"{run}: R {runs[run]['R']}, ||d||^2 {runs[run]['squared_distance']:.4g}, drop {drops[run]}")
-    r = {f"drop_{key}": correlation([(drops[run], runs[run][key]) for run in runs])
-         for key in ("R", "squared_distance")}
+        print(f"{run}: R {runs[run]['R']}, ||d||^2 {runs[run]['squared_distance']:.4g}, "
+              f"drop {read[run]['drop']}, drift {read[run]['drift']}")
+    r = {f"{loss}_{key}": correlation([(read[run][loss], runs[run][key]) for run in runs])
+         for loss in ("drop", "drift") for key in ("R", "squared_distance", "fisher_distance")}
     return {"runs": runs, "correlation": r, "peak_gib": mixsd.peak_gib()}
 
 
@@ -957,25 +951,47 @@ def bench_results(model, jobs, measured, prompts, examples, T, args):
 
 # --------------------------------------------------------------------------------------------------- report
 
+COLUMNS = {                                                 # of the report: what a run may have, and its head
+    "kept": "kept", "recall": "recall", "recall-kept": "of the kept", "paraphrase": "paraphrase",
+    "two-hop": "two-hop", "held_out": "held-out", "retention": "retention", "wikitext": "WikiText",
+    "drift": "drift", "nll": "target NLL", "R": "R", "squared_distance": "‖d‖²", "decoded": "decoded",
+    "trained": "trained tokens", "seconds": "s"}
+DIGITS = {"drift": 3, "wikitext": 3, "decoded": 0, "trained": 0, "seconds": 0}              # else 2
+
+
 def read_run(folder):
-    """What the report shows of a run: of metrics.json, eval.json, fisher.json; None where not measured."""
-    m, e = read_json(folder, "metrics.json"), read_json(folder, "eval.json")
+    """What the report shows of a run, of metrics.json, fisher.json and each eval.json in its folder.
+
+    {column of COLUMNS: value, None where not measured}, the same of its base under "base", the 95 % interval
+    of "recall", "retention" and "drift" as (low, high) under "interval", and what the run is.
+    """
+    m, fisher = read_json(folder, "metrics.json"), read_json(folder, "fisher.json")
     if not m:
         raise InputError(f"{folder}: no metrics.json; a finished run of mixsd.py is expected")
-    accuracy = lambda phase, task: (m[phase] or {}).get(task, {}).get("accuracy")           # noqa: E731
-    targets, before, after = m["targets"] or {}, accuracy("base", "held_out"), accuracy("tuned", "held_out")
-    if e.get("base_average"):
-        before, after = e["base_average"], e["average"]
-    return {"model": m["model"], "data": m["data"], "method": m["method"], "rho": m["rho"], "seed": m["seed"],
-            "base_recall": accuracy("base", "recall"), "recall": accuracy("tuned", "recall"),
-            "base_paraphrase": accuracy("base", "paraphrase"), "paraphrase": accuracy("tuned", "paraphrase"),
-            "kept": targets["kept"] / targets["of"] if targets else None, "nll": targets.get("nll"),
-            "base_held_out": before, "held_out": after,
-            "retention": after / before if before else None, "drop": before - after if before else None,
-            "decoded": m["tokens"]["decoded"], "trained": m["tokens"]["trained"],
-            "seconds": m["seconds"]["decode"] + m["seconds"]["train"],
-            "partial": bool(e.get("base_average")) and any(e["tasks"][t]["partial"] for t in e["average_of"]),
-            "R": read_json(folder, "fisher.json").get("R")}
+    ledgers = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("eval.json"))]
+    before, after = {}, {}
+    for e in ledgers + [{"tasks": m["tuned"], "base": m["base"]}]:
+        before, after = before | (e.get("base") or {}), after | (e["tasks"] or {})
+    value = lambda score: score.get("rise", score.get("nll", score.get("accuracy")))        # noqa: E731
+    run = {k: m[k] for k in ("model", "data", "method", "rho", "seed")} | dict.fromkeys(COLUMNS)
+    run |= {task: value(score) for task, score in after.items()}
+    run["base"] = {task: value(score) for task, score in before.items()}
+    run["interval"] = {task: [score["low"], score["high"]] for task, score in after.items() if "low" in score}
+
+    run["held_out"], names = averaged(after)
+    run |= {"drop": None, "held_out_of": names, "partial": any(after[t].get("partial") for t in names)}
+    b = averaged({task: before[task] for task in names if task in before})[0]
+    if b and {*names} <= before.keys():
+        ends = ([after[task][end] for task in names] for end in ("low", "high"))
+        run["interval"]["retention"] = [statistics.fmean(end) / b for end in ends]
+        run["base"] |= {"held_out": b, "retention": 1.0}
+        run |= {"retention": run["held_out"] / b, "drop": b - run["held_out"]}
+    targets, tokens, seconds = m["targets"], m["tokens"], m["seconds"]
+    if targets:
+        run |= {"kept": targets["kept"] / targets["of"], "nll": targets["nll"]}
+    return run | {"R": fisher.get("R"), "squared_distance": fisher.get("squared_distance"),
+                  "decoded": tokens["decoded"], "trained": tokens["trained"],
+                  "seconds": seconds["decode"] + seconds["train"]}
 
 
 def mean_and_spread(values, digits=2):
@@ -1008,58 +1024,69 @@ def report(args):
         run["method"] = label
     for r in sorted(runs, key=lambda r: (r["method"].startswith("mixsd"), r["method"], r["rho"] or 0)):
         groups.setdefault((r["method"], r["rho"]), []).append(r)
-    partial = " (partial)" if any(r["partial"] for r in runs) else ""
-    columns = {"kept": "kept", "recall": "recall", "paraphrase": "paraphrase",
-               "held_out": f"held-out{partial}", "retention": "retention", "nll": "target NLL", "R": "R",
-               "decoded": "decoded", "trained": "trained tokens", "seconds": "s"}
+    columns = {k: head for k, head in COLUMNS.items() if any(r[k] is not None for r in runs)}
+    names = sorted({t for r in runs for t in r["held_out_of"]} - {"held_out"})
+    if names:
+        columns["held_out"] = ", ".join(names) + " (partial)" * any(r["partial"] for r in runs)
     print(f"| method | rho | seeds | {' | '.join(columns.values())} |\n|" + "---|" * (3 + len(columns)))
-    bases = {run["seed"]: run for run in runs}.values()     # the toy has a base a seed
-    cells = ["1.00" if k == "retention" else mean_and_spread([run.get(f"base_{k}") for run in bases])
-             for k in columns]
-    print(f"| base | - | {len(bases)} | {' | '.join(cells)} |")
-    for (method, rho), group in groups.items():
-        cells = [mean_and_spread([r[k] for r in group], 0 if k in ("decoded", "trained", "seconds") else 2)
-                 for k in columns]
+    bases = {}                                              # the toy has a base a seed
+    for run in runs:
+        bases.setdefault(run["seed"], {}).update(run["base"])
+    rows = {("base", None): list(bases.values())} | groups
+    for (method, rho), group in rows.items():
+        cells = [mean_and_spread([r.get(k) for r in group], DIGITS.get(k, 2)) for k in columns]
         print(f"| {method} | {'-' if rho is None else f'{rho:g}'} | {len(group)} | {' | '.join(cells)} |")
     if importlib.util.find_spec("matplotlib"):
         args.out.mkdir(parents=True, exist_ok=True)
-        frontier(groups, runs[0]["base_recall"], partial, args.out / "frontier.png")
+        frontier(groups, runs[0]["base"].get("recall"), columns.get("held_out"), args.out / "frontier.png")
         print(f"\n{args.out / 'frontier.png'}")
     else:
         print("\nno frontier.png: pip install matplotlib")
     return {"runs": dict(zip(args.report, runs))}
 
 
-def frontier(groups, base_recall, partial, path):
-    """Draw recall against retention: a mark a run, the means of MixSD's runs joined in order of rho."""
+def frontier(groups, base_recall, held_out, path):
+    """Draw recall against drift, else retention: a run's mark and 95 % intervals; MixSD's means joined."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), dpi=150)
-    marks = {("base", None): [(1.0, base_recall)]}
-    marks |= {key: [(r["retention"], r["recall"]) for r in group] for key, group in groups.items()}
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), dpi=150)
+    drifted = any(run.get("drift") is not None for group in groups.values() for run in group)
+    x = "drift" if drifted else "retention"
     lines, colors = {}, "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
     looks = zip(colors * 9, "sD^vPX<>" * 9)                 # of methods without a rho, as they come
-    for (method, rho), points in marks.items():
-        points = [point for point in points if None not in point]
-        if not points:
+    base = {x: 0.0 if drifted else 1.0, "recall": base_recall, "interval": {}}
+    for (method, rho), group in ({("base", None): [base]} | groups).items():
+        group = [run for run in group if None not in (run[x], run["recall"])]
+        if not group:
             continue
+        points = [[run[side] for run in group] for side in (x, "recall")]
         if method == "base":
             color, mark = "black", "*"
         elif not method.startswith("mixsd"):
             color, mark = next(looks)
         else:
             color, mark = plt.cm.viridis_r(rho), "o"
-            lines.setdefault(method, []).append([statistics.fmean(side) for side in zip(*points)])
-        axes.scatter(*zip(*points), color=color, marker=mark, s=70, zorder=3, edgecolors="white", alpha=0.8,
-                     label=method if rho is None else f"{method}, ρ = {rho:g}")
+            lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
+        axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
+                     alpha=0.9, edgecolors="white", label=method if rho is None else f"{method}, ρ = {rho:g}")
+        for run in group:
+            reach = [[[abs(end - run[side])] for end in run["interval"].get(side, [run[side]] * 2)]
+                     for side in (x, "recall")]
+            axes.errorbar(run[x], run["recall"], yerr=reach[1], xerr=reach[0], color=color, alpha=0.3,
+                          linewidth=1, zorder=1)
     for line in lines.values():
-        axes.plot(*zip(*line), color="gray", zorder=2)
-    axes.set(xlabel=f"retention: held-out accuracy, after / before{partial}", ylabel="recall of all facts",
-             xlim=(0, max(1.05, axes.get_xlim()[1])), ylim=(0, 1.05))
+        axes.plot(*zip(*line), color="gray", linewidth=1, zorder=2)
+    axes.set(xlabel="drift: rise of the NLL of the base's own answers, nats/token (less is better: right)"
+             if drifted else f"retention: {held_out} accuracy, after / before",
+             ylabel="recall of all facts", ylim=(-0.03, 1.05))
+    if drifted:
+        axes.invert_xaxis()
+    else:
+        axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

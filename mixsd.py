@@ -8,19 +8,21 @@ Fine-tuning on facts as we would write them (SFT) moves the model wherever our w
 trains on targets that the frozen base model p wrote itself.  Two readers of one shared prefix y_<t take
 turns:
 
-    expert   y+_t ~ p( . | x+, y_<t)      x+ = the prompt x with the answer inserted
+    expert   y+_t ~ p( . | x+, y_<t)      x+ = the prompt x with the answer inserted; at T = 0, ~ is argmax
     naive    y-_t ~ p( . | x,  y_<t)      the model's own prior
     y_t  =  y-_t with probability rho, else y+_t              a coin for each t, tossed beforehand
-    loss =  - sum_t log q(y_t | x, y_<t) / N                  q starts at p and never reads x+
+    y is kept if it ends and gives the answer; else it is drawn again, with fresh coins
+    loss =  - sum_i sum_t log q(y_it | x_i, y_i<t) / N        q starts at p and never reads x+
 
 The baselines go through the same loop: SFT, OPSD (the student writes its own targets as it learns), a KL
 anchor to p, and replay; see `guided_loss` and `objective`.
 
-The file runs in this order: contexts, mixed decoding, loss, targets, training, many GPUs, memorization, the
-toy base, devices and files, command line.
+The method is the first half of the file: contexts, mixed decoding, the KV cache, loss, targets, training.
+Then come many GPUs (with one, `ranks()` is (0, 1), and merged, whole, from_first give back what they get),
+memorization, the toy base, devices and models, what a run keeps, other people's targets, command line.
 
 Letters:  B examples   C contexts   P prompt width, left-padded   T target tokens   L = P + T
-          V vocabulary   R = examples still being decoded   N target tokens in a step
+          V vocabulary   R = examples still being decoded   N target tokens, of a batch or of a whole step
 
 Differences from the paper: see README.md.  The corpora and their verifiers are in kg_data.py.
 """
@@ -70,7 +72,7 @@ class RunError(RuntimeError):
     """A failure at run time that was foreseen: one line, exit code 1."""
 
 
-# ------------------------------------------------------------------------------------------------- contexts
+# -------------------------------------------------------------------------------------------------- contexts
 
 def chat_ids(tokenizer, text):
     """Ids of `text` as one user turn in the chat template, up to where the answer begins; thinking off."""
@@ -80,7 +82,8 @@ def chat_ids(tokenizer, text):
 
 def two_contexts(tokenizer, record, expert_words):
     """(expert ids, naive ids) of a record: x+ = x PREFIX newline canonical-target TRANSITION, and x."""
-    (prefix, transition), (x, target) = expert_words, (turn["content"] for turn in record["messages"])
+    (prefix, transition), (user, assistant) = expert_words, record["messages"]
+    x, target = user["content"], assistant["content"]
     return chat_ids(tokenizer, f"{x}{prefix}\n{target}{transition}"), chat_ids(tokenizer, x)
 
 
@@ -99,49 +102,6 @@ def stop_ids(model, tokenizer):
     before = sum(i in stops for i in chat_ids(tokenizer, "a"))              # of the system and the user turn
     first = rendered[before] if len(rendered) > before else min(stops)
     return [first] + sorted(stops - {first})
-
-
-def positions(model):
-    """How many tokens the model can read."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-
-
-def keeps_all(model):
-    """Whether every layer attends to all that came before: sliding windows count padding, wherever it is."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-
-
-def shared_prefix(model, prompts):
-    """How many tokens all prompts begin with (the chat header, shots), at least one left to each.
-
-    They go through the model once for all rows, as columns in front of the padding; fewer than 8 are not
-    worth a pass of their own.
-    """
-    if len(prompts) == 1 or not keeps_all(model) or getattr(model, "one_pass", False):
-        return 0
-    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-    return shared if shared >= 8 else 0
-
-
-def left_pad(prompts, pad_id, shared=0):
-    """Lists of ids -> ids and mask, both (rows, P), | shared | padding | rest |; the mask is 0 on padding."""
-    P = max(map(len, prompts))
-    ids = torch.tensor([p[:shared] + [pad_id] * (P - len(p)) + p[shared:] for p in prompts])
-    return ids, torch.tensor([[1] * shared + [0] * (P - len(p)) + [1] * (len(p) - shared) for p in prompts])
-
-
-def read(model, ids, attention, shared, cache, keep):
-    """(logits (rows, keep, V) of the last `keep` columns of ids (rows, L), positions (rows, L)).
-
-    The first `shared` columns, which are the same in all rows, are read once; `cache` gets the KV of all.
-    """
-    positions = (attention.cumsum(1) - 1).clamp(min=0)                  # (rows, L), 0 at a row's first token
-    if shared:
-        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(ids))
-    logits = model(input_ids=ids[:, shared:], attention_mask=attention, position_ids=positions[:, shared:],
-                   past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
-    return logits, positions
 
 
 # -------------------------------------------------------------------------------------------- mixed decoding
@@ -167,7 +127,10 @@ def wide(device):
 
 
 def pick(logits, temperature=0.0, top_k=0, u=None):
-    """(R,) ids from logits (R, V): the argmax at temperature 0, else by inverse CDF of u, (R,) in [0, 1)."""
+    """(R,) ids from logits (R, V): the argmax at temperature 0, else the least v with sum_{w<=v} p(w) > u.
+
+    u  (R,) in [0, 1): one number a token, drawn elsewhere, makes a sample reproducible (inverse CDF)
+    """
     if temperature == 0:
         return logits.max(-1).indices                                           # argmax is slower on a CPU
     logits = logits.to(wide(logits.device)) / temperature
@@ -177,75 +140,6 @@ def pick(logits, temperature=0.0, top_k=0, u=None):
     cdf = logits.softmax(-1).cumsum(-1)                                         # (R, V)
     choice = torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:], right=True)[:, 0]
     return torch.minimum(choice, (cdf < cdf[:, -1:]).sum(-1))       # the last with any probability
-
-
-class RoomyLayer(DynamicLayer):
-    """KV of one layer, written in place into room for 64 tokens: DynamicLayer copies all for each token."""
-    room = None
-
-    def update(self, keys, values, *args, **kwargs):
-        """(keys, values) of all tokens so far, (rows, heads, used, head_dim), with those of the new ones."""
-        if not self.get_seq_length():
-            return super().update(keys, values)
-        start, used = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        mine = self.room and self.room[0].data_ptr() == self.keys.data_ptr()    # else rows left the batch
-        if not mine or used > self.room[0].shape[2]:
-            self.room = [F.pad(x, (0, 0, 0, keys.shape[2] + 63)) for x in (self.keys, self.values)]
-        for room, new in zip(self.room, (keys, values)):
-            room[:, :, start:used] = new
-        self.keys, self.values = (room[:, :, :used] for room in self.room)
-        return self.keys, self.values
-
-
-def prefill(model, contexts, pad_id):
-    """(cache, logits, attention, positions) of C lists of B prompts, a row each: their KV, what follows
-    (C*B, V), the mask (C*B, P), the position of each last token (C*B, 1).
-
-    Each context is read at its own width, and then padded in front to the widest.
-    """
-    groups, caches, others = contexts if keeps_all(model) else [sum(contexts, [])], [], []
-    for prompts in groups:
-        shared, cache = shared_prefix(model, prompts), DynamicCache(config=model.config)
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-        ids, attention = (t.to(model.device) for t in left_pad(prompts, pad_id, shared))
-        logits, positions = read(model, ids, attention, shared, cache, 1)
-        caches.append(cache)
-        others.append((logits[:, -1], attention, positions[:, -1:]))
-    logits, attentions, positions = zip(*others)
-    P = max(attention.shape[1] for attention in attentions)
-    missing = [P - attention.shape[1] for attention in attentions]
-    for layers in zip(*(cache.layers for cache in caches)):
-        for kv in ("keys", "values"):
-            padded = [F.pad(getattr(layer, kv), (0, 0, m, 0)) for layer, m in zip(layers, missing)]
-            setattr(layers[0], kv, torch.cat(padded))
-    attention = torch.cat([F.pad(a, (m, 0)) for a, m in zip(attentions, missing)])
-    return caches[0], torch.cat(logits), attention, torch.cat(positions)
-
-
-def forward_step(model, ids, attention, positions, cache):
-    """(rows, V) logits of what follows ids (rows, 1), whose KV join the cache.  The function to compile."""
-    return model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
-                 use_cache=True, logits_to_keep=1).logits[:, -1]
-
-
-def static(model, cache, L):
-    """(step, cache) for --compile: forward_step as one CUDA graph, and the KV in a StaticCache of L slots.
-
-    A model keeps the last of its caches for the next batch of the same shape: a graph knows addresses.
-    """
-    if not hasattr(model, "compiled"):
-        torch._dynamo.config.recompile_limit = 64           # a shape each
-        model.compiled = torch.compile(forward_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
-    if not keeps_all(model):
-        raise InputError("--compile is for models with full attention, not for sliding windows")
-    shape = len(cache.layers[0].keys), L
-    if getattr(model, "static", (None,))[0] != shape:
-        model.static = shape, StaticCache(config=model.config, max_cache_len=L)
-    fixed = model.static[1]
-    fixed.reset()
-    for i, layer in enumerate(cache.layers):
-        fixed.update(layer.keys, layer.values, i)
-    return model.compiled, fixed
 
 
 @torch.no_grad()
@@ -347,6 +241,123 @@ def within_memory(job, widths, args, C=1):
                 del left[key]
 
 
+# ---------------------------------------------------------------------------------------------- the KV cache
+
+def max_positions(model):
+    """How many tokens the model can read."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+
+
+def full_attention(model):
+    """Whether every layer attends to all before it: a sliding window would count padding in between."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def shared_prefix(model, prompts):
+    """How many tokens all prompts begin with (the chat header, shots), at least one left to each.
+
+    They go through the model once for all rows, as columns in front of the padding; fewer than 8 are not
+    worth a pass of their own.
+    """
+    if len(prompts) == 1 or not full_attention(model) or getattr(model, "one_pass", False):
+        return 0
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    return shared if shared >= 8 else 0
+
+
+def left_pad(prompts, pad_id, shared=0):
+    """Lists of ids -> ids and mask, both (rows, P), | shared | padding | rest |; the mask is 0 on padding.
+
+    Padding stands behind the shared columns, so that these are the same in every row.
+    """
+    P = max(map(len, prompts))
+    ids = torch.tensor([p[:shared] + [pad_id] * (P - len(p)) + p[shared:] for p in prompts])
+    return ids, torch.tensor([[1] * shared + [0] * (P - len(p)) + [1] * (len(p) - shared) for p in prompts])
+
+
+def read(model, ids, attention, shared, cache, keep):
+    """(logits (rows, keep, V) of the last `keep` columns of ids (rows, L), positions (rows, L)).
+
+    The first `shared` columns, which are the same in all rows, are read once; `cache` gets the KV of all.
+    """
+    positions = (attention.cumsum(1) - 1).clamp(min=0)                  # (rows, L), 0 at a row's first token
+    if shared:
+        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ids))
+    logits = model(input_ids=ids[:, shared:], attention_mask=attention, position_ids=positions[:, shared:],
+                   past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep).logits
+    return logits, positions
+
+
+class RoomyLayer(DynamicLayer):
+    """KV of one layer, written in place into room for 64 tokens: DynamicLayer copies all for each token."""
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        """(keys, values) of all tokens so far, (rows, heads, used, head_dim), with those of the new ones."""
+        if not self.get_seq_length():
+            return super().update(keys, values)
+        start, used = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        mine = self.room and self.room[0].data_ptr() == self.keys.data_ptr()    # else rows left the batch
+        if not mine or used > self.room[0].shape[2]:
+            self.room = [F.pad(x, (0, 0, 0, keys.shape[2] + 63)) for x in (self.keys, self.values)]
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, start:used] = new
+        self.keys, self.values = (room[:, :, :used] for room in self.room)
+        return self.keys, self.values
+
+
+def prefill(model, contexts, pad_id):
+    """(cache, logits, attention, positions) of C lists of B prompts, a row each: their KV, what follows
+    (C*B, V), the mask (C*B, P), the position of each last token (C*B, 1).
+
+    Each context is read at its own width, and then padded in front to the widest.
+    """
+    groups, caches, others = contexts if full_attention(model) else [sum(contexts, [])], [], []
+    for prompts in groups:
+        shared, cache = shared_prefix(model, prompts), DynamicCache(config=model.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        ids, attention = (t.to(model.device) for t in left_pad(prompts, pad_id, shared))
+        logits, positions = read(model, ids, attention, shared, cache, 1)
+        caches.append(cache)
+        others.append((logits[:, -1], attention, positions[:, -1:]))
+    logits, attentions, positions = zip(*others)
+    P = max(attention.shape[1] for attention in attentions)
+    missing = [P - attention.shape[1] for attention in attentions]
+    for layers in zip(*(cache.layers for cache in caches)):
+        for kv in ("keys", "values"):
+            padded = [F.pad(getattr(layer, kv), (0, 0, m, 0)) for layer, m in zip(layers, missing)]
+            setattr(layers[0], kv, torch.cat(padded))
+    attention = torch.cat([F.pad(a, (m, 0)) for a, m in zip(attentions, missing)])
+    return caches[0], torch.cat(logits), attention, torch.cat(positions)
+
+
+def forward_step(model, ids, attention, positions, cache):
+    """(rows, V) logits of what follows ids (rows, 1), whose KV join the cache.  The function to compile."""
+    return model(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
+                 use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def static(model, cache, L):
+    """(step, cache) for --compile: forward_step as one CUDA graph, and the KV in a StaticCache of L slots.
+
+    A model keeps the last of its caches for the next batch of the same shape: a graph knows addresses.
+    """
+    if not hasattr(model, "compiled"):
+        torch._dynamo.config.recompile_limit = 64           # a shape each
+        model.compiled = torch.compile(forward_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+    if not full_attention(model):
+        raise InputError("--compile is for models with full attention, not for sliding windows")
+    shape = len(cache.layers[0].keys), L
+    if getattr(model, "static", (None,))[0] != shape:
+        model.static = shape, StaticCache(config=model.config, max_cache_len=L)
+    fixed = model.static[1]
+    fixed.reset()
+    for i, layer in enumerate(cache.layers):
+        fixed.update(layer.keys, layer.values, i)
+    return model.compiled, fixed
+
+
 # ------------------------------------------------------------------------------------------------------ loss
 
 class Batch(NamedTuple):
@@ -368,16 +379,11 @@ def collate(examples, pad_id, model):
     return Batch(ids.to(device), attention.to(device), is_target.to(device), shared)
 
 
-def target_labels(batch):
-    """(N,) ids of the batch's target tokens, row by row."""
-    return batch.ids[:, -batch.is_target.shape[1]:][batch.is_target]
-
-
 def target_logits(model, batch):
-    """(N, V) logits that predict the batch's N target tokens, row by row; the prompt's are never made."""
+    """(logits (N, V), labels (N,)) of the batch's N target tokens, row by row; the prompt's aren't made."""
     cache, T = DynamicCache(config=model.config) if batch.shared else None, batch.is_target.shape[1]
     logits, _ = read(model, batch.ids, batch.attention, batch.shared, cache, T + 1)
-    return logits[:, :-1][batch.is_target]                                      # of (B, T, V): column t: y_t
+    return logits[:, :-1][batch.is_target], batch.ids[:, -T:][batch.is_target]  # (B, T, V), (B, T) before
 
 
 def by_chunks(loss, *tensors, chunk=256):
@@ -414,38 +420,40 @@ def token_nll(model, batch):
     The caller sums and divides once by the step's N, so that the result does not depend on how a step is cut
     into micro-batches.
     """
-    return by_chunks(nll, target_logits(model, batch), target_labels(batch))
+    return by_chunks(nll, *target_logits(model, batch))
 
 
 def guided_loss(student, guide, examples, args, pad_id):
     """(N,) losses against a frozen guide, the base, that reads the same target tokens y (baselines).
 
-    opsd            KL between guide and student            examples (x, x_plus, y): the student reads x and
-    opsd-nll        NLL of the guide's likeliest tokens     y, the guide x_plus and y
-    --kl-to-base b  NLL of y, and b times the KL            examples (x, y): both read the same
+    opsd            KL( p(. | x+, y_<t) || q(. | x, y_<t) )                 y sampled from q as it is now
+    opsd-nll        - log q(argmax p(. | x+, y_<t) | x, y_<t)               y what q says now, greedily
+    --kl-to-base b  - log q(y_t | x, y_<t) + b KL( p(. | x, y_<t) || q(. | x, y_<t) )
+
+    examples  [(x, x_plus, y)], or [(x, y)] where guide and student read the same
     """
     seen, guided = (collate([(e[i], e[-1]) for e in examples], pad_id, student) for i in (0, -2))
-    logits = target_logits(student, seen)                                       # (N, V)
+    logits, labels = target_logits(student, seen)                               # (N, V), (N,)
     with torch.no_grad():
-        reference = target_logits(guide, guided)                                # (N, V)
+        reference, _ = target_logits(guide, guided)                             # (N, V)
     if args.method == "opsd-nll":
         return by_chunks(nll, logits, reference.argmax(-1))
     divergence = functools.partial(kl, direction=args.kl, top_k=args.teacher_top_k or 0)
     if args.method == "opsd":
         return by_chunks(divergence, logits, reference)
     anchored = lambda a, b, y: nll(a, y) + args.kl_to_base * divergence(a, b)   # noqa: E731
-    return by_chunks(anchored, logits, reference, target_labels(seen))
+    return by_chunks(anchored, logits, reference, labels)
 
 
 @torch.no_grad()
-def mean_nll(model, examples, pad_id, micro_tokens):
-    """Mean nats/token of each example under `model`, in the order given."""
-    means = [0.0] * len(examples)
+def token_nlls(model, examples, pad_id, micro_tokens):
+    """[(n,) nats of an example's target tokens under `model`], in the order given."""
+    nlls = [None] * len(examples)
     for part in batches({i: (len(x), len(y)) for i, (x, y) in enumerate(examples)}, micro_tokens):
         losses = token_nll(model, collate([examples[i] for i in part], pad_id, model))
         for i, of_one in zip(part, losses.split([len(examples[i][1]) for i in part])):
-            means[i] = of_one.mean().item()
-    return means
+            nlls[i] = of_one
+    return nlls
 
 
 # --------------------------------------------------------------------------------------------------- targets
@@ -499,9 +507,9 @@ def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
             for ids, answers in within_memory(draw, widths, args, C=2):
                 good = {i: a for i, a in answers.items() if a["ok"]}
                 examples = [(pairs[i][NAIVE], a["ids"]) for i, a in good.items()]
-                means = mean_nll(model, examples, stops[0], args.micro_tokens)
-                for (i, a), mean in zip(good.items(), means):
-                    targets.write(target_line(records[i], i, a, attempt, mean, tokenizer))
+                nlls = token_nlls(model, examples, stops[0], args.micro_tokens)
+                for (i, a), of_one in zip(good.items(), nlls):
+                    targets.write(target_line(records[i], i, a, attempt, of_one.mean().item(), tokenizer))
                 targets.flush()
                 decoded = sum(len(a["ids"]) for a in answers.values()) if rho is not None else 0
                 said = [tokenizer.decode(a["ids"])[-200:] for a in answers.values() if not a["ok"]][:3]
@@ -520,13 +528,6 @@ def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
         raise RunError(f"no target passed --verify {args.verify} in {args.attempts} attempts (see --style, "
                        f"--on-fail); the model said {', '.join(said)}")
     return targets, draws
-
-
-def sorted_targets(path):
-    """The targets in a file, which is put in id order."""
-    lines = sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
-    write_atomically(path, b"".join(lines))
-    return [json.loads(line) for line in lines]
 
 
 def draw_batch(model, tokenizer, records, pairs, attempt, rho, stops, args, ids):
@@ -552,70 +553,6 @@ def target_line(record, i, answer, attempt, nll, tokenizer):
     row = record | {"messages": turns, "id": i, "target_ids": answer["ids"], "source": answer["source"],
                     "attempt": attempt, "nll": nll}
     return (json.dumps(row, ensure_ascii=False) + "\n").encode()
-
-
-def read_draws(path, journal):
-    """The batches that a killed run has finished; targets.jsonl is cut back to them."""
-    draws = []
-    if journal.exists():
-        for line in journal.read_text().split("\n")[:-1]:                   # the last line if it was finished
-            draws.append(json.loads(line))
-        write_atomically(journal, "".join(json.dumps(d) + "\n" for d in draws).encode())
-    path.touch()
-    os.truncate(path, draws[-1]["bytes"] if draws else 0)
-    return draws
-
-
-def read_targets(path, records, pairs, base, tokenizer, stops, args):
-    """The targets of somebody's file, by ids where they are there.  Raises InputError if they don't fit."""
-    position, targets = {r["messages"][0]["content"]: i for i, r in enumerate(records)}, []
-    for where, row, ids in target_rows(path, base, tokenizer, stops):
-        question = row["messages"][0]["content"]
-        if question not in position:
-            raise InputError(f"{where}: not a question of {args.data}: another corpus's (--data, --limit)")
-        targets.append({"attempt": 0} | row | {"id": position[question], "target_ids": ids})
-    targets.sort(key=lambda t: t["id"])
-    examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
-    means = mean_nll(base, examples, stops[0], args.micro_tokens)
-    return [t | {"nll": mean} for t, mean in zip(targets, means)]
-
-
-def refuse_control_tokens(tokenizer, texts):
-    """Raise InputError where one of {where: text} would be read as the end of a turn, or as another such."""
-    controls = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    for where, text in texts.items():
-        for control in controls:
-            if control in text:
-                raise InputError(f"{where}: holds {control}, a control token of the model")
-
-
-def target_rows(path, model, tokenizer, stops):
-    """[(file and line, row, target ids)] of a targets file, by ids where they are there, else by text."""
-    rows = []
-    for line, row in kg_data.read_jsonl(path):
-        where = f"{path}, line {line}"
-        row = kg_data.read_record(row, where)
-        text, ids, source = row["messages"][1]["content"], row.get("target_ids"), row.get("source")
-        refuse_control_tokens(tokenizer, {where: row["messages"][0]["content"] + (text if ids is None else "")})
-        if ids is None:
-            ids, source = written_ids(tokenizer, text, stops), None
-        elif not (isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
-                  and ids and ids[-1] in stops and text_of(tokenizer, ids) == text):
-            raise InputError(f"{where}: target_ids are not its text's: another tokenizer's (--model)")
-        if source is not None and not (isinstance(source, list) and len(source) == len(ids)
-                                       and all(s in (EXPERT, NAIVE) for s in source)):
-            raise InputError(f"{where}: source must name {EXPERT} or {NAIVE} for each of target_ids")
-        length = len(chat_ids(tokenizer, row["messages"][0]["content"])) + len(ids)
-        if length > positions(model):
-            raise InputError(f"{where}: {length:,} tokens, and the model has {positions(model):,} positions")
-        rows.append((where, row | {"source": source}, ids))
-    return rows
-
-
-def read_examples(path, model, tokenizer, stops):
-    """[(naive prompt's ids, target ids)] of a targets file.  Raises InputError with file and line."""
-    return [(chat_ids(tokenizer, row["messages"][0]["content"]), ids)
-            for _, row, ids in target_rows(path, model, tokenizer, stops)]
 
 
 def show(tokenizer, pair, target):
@@ -647,74 +584,11 @@ def learning_rate(step, lr, warmup, decay_over=None):
     return lr * min(1.0, step / max(warmup, 1)) * fade
 
 
-def save_state(folder, step, model, optimizer):
-    """Write state/step-N.pt beside and rename it; the one before is kept.  12 bytes a parameter each."""
-    path = folder / "state" / f"step-{step:08d}.pt"
-    moments = {name: {key: on_first(value) for key, value in optimizer.state[p].items()}
-               for name, p in model.named_parameters()}
-    weights = {name: on_first(p) for name, p in model.named_parameters()}
-    if ranks()[0]:
-        return
-    for old in sorted(path.parent.glob("step-*.pt"))[:-1]:
-        old.unlink()
-    state = {"step": step, "weights": weights, "optimizer": moments}
-    try:
-        torch.save(state, partial := path.with_suffix(".partial"))
-    except RuntimeError as e:                               # what torch makes of a full disk
-        raise RunError(f"{path} can't be written ({str(e).splitlines()[0]}); free the disk, run again") from e
-    os.replace(partial, path)
-
-
-@torch.no_grad()
-def load_state(folder, model, optimizer):
-    """Restore the newest state that can be read; returns its step, 0 where there is none."""
-    state = newest_state(folder)
-    for name, p in model.named_parameters() if state else ():
-        p.copy_(like(p, state["weights"][name]))
-        optimizer.state[p] = {key: like(p, value) for key, value in state["optimizer"][name].items()}
-    return state.get("step", 0)
-
-
-def newest_state(folder):
-    """The newest of the states that can be read; {} where there is none."""
-    for path in sorted((folder / "state").glob("step-*.pt"), reverse=True):
-        try:
-            with zipfile.ZipFile(path) as file:
-                if file.testzip():                          # torch.load itself compares no checksums
-                    raise zipfile.BadZipFile
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, zipfile.BadZipFile) as e:
-            print(f"{path} cannot be read ({type(e).__name__}); trying the one before", flush=True)
-    return {}
-
-
 def epoch_order(n, seed, epoch):
     """The order of n examples in an epoch, a function of (n, seed, epoch) alone."""
     order = list(range(n))
     random.Random(f"order seed {seed} epoch {epoch}").shuffle(order)
     return order
-
-
-def recompute_layers(model):
-    """Have each layer keep its input alone, and compute the rest again backwards."""
-    for layer in model.base_model.layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    model.one_pass = True
-
-
-@contextlib.contextmanager
-def signals_held():
-    """Ctrl-C and SIGTERM wait for the end of the block: weights and step change together or not at all."""
-    held, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for s in handlers:
-        signal.signal(s, lambda *received: held.append(received))
-    try:
-        yield
-    finally:
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    if held:
-        signal.raise_signal(held[0][0])
 
 
 def lend_gradients(work, model):
@@ -730,9 +604,9 @@ def lend_gradients(work, model):
 
 @torch.no_grad()
 def copy_weights(model, work):
-    """Round the weights of `model` into its copy."""
+    """Round the weights of `model`, which may be sharded, into its copy."""
     for p, weight in zip(work.parameters(), model.parameters()):
-        p.copy_(weight)
+        p.copy_(whole(weight))
 
 
 def update(model, work, optimizer, examples, lr, token_loss, micro_tokens):
@@ -783,7 +657,7 @@ def with_replay(examples, old, share, seed, step):
 
 
 def objective(guide, plain, tokenizer, stops, pairs, taught, targets, old, args):
-    """(n, examples_of, token_loss) for `train`: methods differ in a step's targets and in their loss.
+    """(names, examples_of, token_loss) for `train`: methods differ in a step's targets and in their loss.
 
     guide  the frozen base, where a method asks it
     plain  the model that takes the student's weights to decode
@@ -800,16 +674,17 @@ def objective(guide, plain, tokenizer, stops, pairs, taught, targets, old, args)
         if guide:
             return guided_loss(model, guide, part, args, pad_id)
         return token_nll(model, collate(part, pad_id, model))
-    return len(taught if args.method in OPSD else examples), examples_of, token_loss
+    return taught if args.method in OPSD else [t["id"] for t in targets], examples_of, token_loss
 
 
-def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="training", decay=False):
-    """Fine-tune `model`, in place, on `n` examples in batches (paper: training).
+def train(model, work, names, examples_of, token_loss, settings, folder=None, desc="training", decay=False):
+    """Fine-tune `model`, in place, on examples in batches (paper: training).
 
     model, work the float32 weights that AdamW moves, and the model that computes: the same one, or a bfloat16
                 copy, kept equal up to rounding.  On bfloat16 weights most updates would round to nothing.
-    examples_of (work, ids in [0, n), step) -> the step's examples: (prompt ids, target ids), or more prompts
-                first
+    names       the examples' ids, to be named by
+    examples_of (work, positions in `names`, step) -> the step's examples: (prompt ids, target ids), or more
+                prompts first
     token_loss  (work, examples) -> (N,) losses of their target tokens
     settings    needs steps, batch_size, lr, warmup, seed, micro_tokens, quiet
     folder      where log.jsonl grows, a line a step, and state/ is kept; a killed run goes on from it, bit
@@ -824,13 +699,13 @@ def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="
         copy_weights(model, work)
         lend_gradients(work, model)
     log = cut_log(folder / "log.jsonl", done) if folder and rank == 0 else None
-    per_epoch = math.ceil(n / settings.batch_size)
+    per_epoch = math.ceil(len(names) / settings.batch_size)
     resumed, saved_at, save_cost = done, time.time(), 0.0
     bar = tqdm(total=settings.steps, initial=done, desc=desc, unit="step", disable=settings.quiet)
     try:
         for step in range(done + 1, settings.steps + 1):
             start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
-            order = epoch_order(n, settings.seed, epoch)
+            order = epoch_order(len(names), settings.seed, epoch)
             ids = order[at * settings.batch_size:(at + 1) * settings.batch_size]
             examples = examples_of(work, ids, step)
             lr = learning_rate(step, settings.lr, settings.warmup, settings.steps if decay else None)
@@ -839,7 +714,8 @@ def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="
                     loss, norm, N = update(model, work, optimizer, examples, lr, token_loss,
                                            settings.micro_tokens)
                 except FloatingPointError as e:
-                    raise RunError(f"step {step}, examples {ids}: {e}; step {done} is kept") from None
+                    where = f"step {step}, examples {[names[i] for i in ids]}"
+                    raise RunError(f"{where}: {e}; step {done} is kept") from None
                 except torch.OutOfMemoryError:
                     raise RunError(f"step {step}: no memory for --micro-tokens {settings.micro_tokens}; "
                                    f"lower it, or add --gradient-checkpointing") from None
@@ -862,15 +738,8 @@ def train(model, work, n, examples_of, token_loss, settings, folder=None, desc="
         bar.close()
         if log:
             log.close()
-        if folder and done > resumed and (world == 1 or done == settings.steps):     # ranks don't stop in step
+        if folder and done > resumed and (world == 1 or done == settings.steps):    # ranks don't stop in step
             save_state(folder, done, model, optimizer)
-
-
-def cut_log(path, step):
-    """log.jsonl opened for appending, cut back to the steps that the saved state has."""
-    lines = path.read_text().split("\n") if path.exists() else []
-    write_atomically(path, "".join(line + "\n" for line in lines[:step]).encode())
-    return open(path, "a")
 
 
 # ------------------------------------------------------------------------------------------------- many GPUs
@@ -941,12 +810,10 @@ def shard(model, dtype, device):
     return model
 
 
-@torch.no_grad()
 def gather(work, plain):
     """`plain` with the weights of `work`, which is the same model, or on many ranks sharded."""
     if work is not plain:
-        for p, weight in zip(plain.parameters(), work.parameters()):
-            p.copy_(whole(weight))
+        copy_weights(work, plain)
     return plain
 
 
@@ -1018,16 +885,19 @@ def toy_base(quiet=False, seed=0):
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixsd" / f"toy-{key}"
     if folder.exists():
         return folder, 0.0
+    if ranks()[1] > 1:
+        raise InputError("the toy's base is made by one process: run mixsd.py once without torchrun")
     start = time.time()
     torch.manual_seed(seed)
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=pad, **TOY_CONFIG)
     model = Qwen3ForCausalLM(config)
-    examples = [(chat_ids(tokenizer, x), tokenizer(y)["input_ids"] + [end]) for x, y in world]
+    examples = [(chat_ids(tokenizer, x), written_ids(tokenizer, y, [end])) for x, y in world]
     settings = argparse.Namespace(**TOY_PRETRAINING, seed=seed, quiet=quiet)
     token_loss = lambda model, part: token_nll(model, collate(part, pad, model))     # noqa: E731
-    train(model, model, len(examples), lambda _, ids, step: [examples[i] for i in ids], token_loss, settings,
-          desc="pretraining the toy", decay=True)
+    examples_of = lambda work, ids, step: [examples[i] for i in ids]                 # noqa: E731
+    train(model, model, range(len(examples)), examples_of, token_loss, settings, desc="pretraining the toy",
+          decay=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -1037,7 +907,7 @@ def toy_base(quiet=False, seed=0):
     return folder, time.time() - start
 
 
-# ----------------------------------------------------------------------------------------- devices and files
+# ---------------------------------------------------------------------------------------- devices and models
 
 def peak_gib():
     """Peak memory of this process so far, GiB: the GPU's where there is one."""
@@ -1113,6 +983,13 @@ def ready(model, device):
     return model.to(device).eval()
 
 
+def recompute_layers(model):
+    """Have each layer keep its input alone, and compute the rest again backwards."""
+    for layer in model.base_model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    model.one_pass = True                                   # twice would add its KV to a shared prefix twice
+
+
 def save_model(model, tokenizer, path, folder):
     """Write a plain Hugging Face folder, float32, of a model that came from `path`."""
     if ranks()[1] > 1:
@@ -1126,11 +1003,19 @@ def save_model(model, tokenizer, path, folder):
         raise RunError(f"{folder} can't be written ({e}); free the disk and run again") from e
 
 
+# ------------------------------------------------------------------------------------------ what a run keeps
+
 def write_atomically(path, data):
     """Write bytes to `path` so that a reader sees the old file or the whole new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)
+
+
+def read_json(folder, name):
+    """The object in folder/name, {} where there is no such file."""
+    path = Path(folder) / name
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def cached(path, function, *args):
@@ -1145,6 +1030,143 @@ def timed(function, *args):
     """{"result": function(*args), "seconds": how long it took}"""
     start = time.time()
     return {"result": function(*args), "seconds": time.time() - start}
+
+
+def read_draws(path, journal):
+    """The batches that a killed run has finished; targets.jsonl is cut back to them."""
+    draws = []
+    if journal.exists():
+        for line in journal.read_text().split("\n")[:-1]:                   # the last line if it was finished
+            draws.append(json.loads(line))
+        write_atomically(journal, "".join(json.dumps(d) + "\n" for d in draws).encode())
+    path.touch()
+    os.truncate(path, draws[-1]["bytes"] if draws else 0)
+    return draws
+
+
+def sorted_targets(path):
+    """The targets in a file, which is put in id order."""
+    lines = sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["id"])
+    write_atomically(path, b"".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+def save_state(folder, step, model, optimizer):
+    """Write state/step-N.pt beside and rename it; the one before is kept.  12 bytes a parameter each."""
+    path = folder / "state" / f"step-{step:08d}.pt"
+    moments = {name: {key: on_first(value) for key, value in optimizer.state[p].items()}
+               for name, p in model.named_parameters()}
+    weights = {name: on_first(p) for name, p in model.named_parameters()}
+    if ranks()[0]:
+        return
+    for old in sorted(path.parent.glob("step-*.pt"))[:-1]:
+        old.unlink()
+    state = {"step": step, "weights": weights, "optimizer": moments}
+    try:
+        torch.save(state, partial := path.with_suffix(".partial"))
+    except RuntimeError as e:                               # what torch makes of a full disk
+        raise RunError(f"{path} can't be written ({str(e).splitlines()[0]}); free the disk, run again") from e
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def load_state(folder, model, optimizer):
+    """Restore the newest state that can be read; returns its step, 0 where there is none."""
+    state = newest_state(folder)
+    for name, p in model.named_parameters() if state else ():
+        p.copy_(like(p, state["weights"][name]))
+        optimizer.state[p] = {key: like(p, value) for key, value in state["optimizer"][name].items()}
+    return state.get("step", 0)
+
+
+def newest_state(folder):
+    """The newest of the states that can be read; {} where there is none."""
+    for path in sorted((folder / "state").glob("step-*.pt"), reverse=True):
+        try:
+            with zipfile.ZipFile(path) as file:
+                if file.testzip():                          # torch.load itself compares no checksums
+                    raise zipfile.BadZipFile
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, zipfile.BadZipFile) as e:
+            print(f"{path} cannot be read ({type(e).__name__}); trying the one before", flush=True)
+    return {}
+
+
+def cut_log(path, step):
+    """log.jsonl opened for appending, cut back to the steps that the saved state has."""
+    lines = path.read_text().split("\n") if path.exists() else []
+    write_atomically(path, "".join(line + "\n" for line in lines[:step]).encode())
+    return open(path, "a")
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Ctrl-C and SIGTERM wait for the end of the block: weights and step change together or not at all."""
+    held, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in handlers:
+        signal.signal(s, lambda *received: held.append(received))
+    try:
+        yield
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    if held:
+        signal.raise_signal(held[0][0])
+
+
+# ------------------------------------------------------------------------------------ other people's targets
+
+def refuse_control_tokens(tokenizer, texts):
+    """Raise InputError where one of {where: text} would be read as the end of a turn, or as another such."""
+    controls = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    for where, text in texts.items():
+        for control in controls:
+            if control in text:
+                raise InputError(f"{where}: holds {control}, a control token of the model")
+
+
+def target_rows(path, model, tokenizer, stops):
+    """[(file and line, row, target ids)] of a targets file, by ids where they are there, else by text."""
+    rows = []
+    for line, row in kg_data.read_jsonl(path):
+        where = f"{path}, line {line}"
+        row = kg_data.read_record(row, where)
+        text, ids, source = row["messages"][1]["content"], row.get("target_ids"), row.get("source")
+        question, written = row["messages"][0]["content"], text if ids is None else ""
+        refuse_control_tokens(tokenizer, {where: f"{question}\n{written}"})
+        if ids is None:
+            ids, source = written_ids(tokenizer, text, stops), None
+        elif not (isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
+                  and ids and ids[-1] in stops and text_of(tokenizer, ids) == text):
+            raise InputError(f"{where}: target_ids are not its text's: another tokenizer's (--model)")
+        if source is not None and not (isinstance(source, list) and len(source) == len(ids)
+                                       and all(s in (EXPERT, NAIVE) for s in source)):
+            raise InputError(f"{where}: source must name {EXPERT} or {NAIVE} for each of target_ids")
+        length, room = len(chat_ids(tokenizer, question)) + len(ids), max_positions(model)
+        if length > room:
+            raise InputError(f"{where}: {length:,} tokens, and the model has {room:,} positions")
+        rows.append((where, row | {"source": source}, ids))
+    return rows
+
+
+def read_targets(path, records, pairs, base, tokenizer, stops, args):
+    """The targets of somebody's file, by ids where they are there.  Raises InputError if they don't fit."""
+    position, targets = {r["messages"][0]["content"]: i for i, r in enumerate(records)}, []
+    for where, row, ids in target_rows(path, base, tokenizer, stops):
+        question = row["messages"][0]["content"]
+        if question not in position:
+            raise InputError(f"{where}: not a question of {args.data}: another corpus's (--data, --limit)")
+        targets.append({"attempt": 0} | row | {"id": position[question], "target_ids": ids})
+    targets.sort(key=lambda t: t["id"])
+    examples = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets]
+    nlls = token_nlls(base, examples, stops[0], args.micro_tokens)
+    return [t | {"nll": of_one.mean().item()} for t, of_one in zip(targets, nlls)]
+
+
+def read_examples(path, model, tokenizer, stops):
+    """[(naive prompt's ids, target ids)] of a targets file.  Raises InputError with file and line."""
+    return [(chat_ids(tokenizer, row["messages"][0]["content"]), ids)
+            for _, row, ids in target_rows(path, model, tokenizer, stops)]
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1308,7 +1330,7 @@ def run_folder(args):
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file")
     settings = counting_settings(args)
-    for flag, value in stored_settings(folder).items():
+    for flag, value in read_json(folder, "args.json").items():
         if flag in settings and settings[flag] != value:
             name = flag.replace("_sha256", "'s content").replace("_", "-")
             raise InputError(f"--out {folder} holds a run with --{name} {value}, not "
@@ -1327,12 +1349,6 @@ def counting_settings(args):
     return settings
 
 
-def stored_settings(folder):
-    """What args.json in the run's folder holds; nothing where there is none."""
-    path = folder / "args.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def check_corpus(records, pairs, tokenizer, model, given, args):
     """Refuse records that can't be learned; returns the positions that the model has left for new tokens."""
     unknown = {tokenizer.unk_token_id} - {None}
@@ -1343,7 +1359,7 @@ def check_corpus(records, pairs, tokenizer, model, given, args):
         if unknown & set(token_ids(tokenizer, text)):
             raise InputError(f"{where}: has words that {args.model} has no token for")
     longest = max(max(map(len, pair)) for pair in pairs)
-    room = positions(model)
+    room = max_positions(model)
     if longest + (given.max_new_tokens or 1) > room:
         raise InputError(f"prompt of {longest:,} tokens + {given.max_new_tokens or 1:,} new > {room:,}, the "
                          f"positions of {args.model} (--max-new-tokens)")
@@ -1402,9 +1418,10 @@ def run(given):
     del base                                                            # freed, if it is neither
     if args.gradient_checkpointing:
         recompute_layers(work)
-    n, examples_of, token_loss = objective(guide, plain, tokenizer, stops, pairs, taught, targets, old, args)
-    args.steps = args.steps or args.epochs * math.ceil(n / args.batch_size)
-    train(student, work, n, examples_of, token_loss, args, folder)
+    names, examples_of, token_loss = objective(guide, plain, tokenizer, stops, pairs, taught, targets, old,
+                                               args)
+    args.steps = args.steps or args.epochs * math.ceil(len(names) / args.batch_size)
+    train(student, work, names, examples_of, token_loss, args, folder)
     save_model(student, tokenizer, path, folder / "model")
     after = timed(memorization, gather(work, plain), tokenizer, tasks, stops, args, kept)
     return from_first(finish, args, targets, draws, records, folder, before, after, pretrain_seconds)
@@ -1454,7 +1471,7 @@ def only_run(folder):
 
 def start_run(folder, args, origin):
     """Write args.json, and print every setting with where it comes from."""
-    settings = stored_settings(folder) | counting_settings(args)
+    settings = read_json(folder, "args.json") | counting_settings(args)
     write_atomically(folder / "args.json", json.dumps(settings, indent=1).encode())
     for flag, value in vars(args).items():
         if value is not None and value is not False:
@@ -1468,7 +1485,7 @@ def memorization_tasks(records, args):
     Of a corpus with a test split (KGFunc) that alone: a rule is learned where new inputs are answered.
     """
     splits = kg_data.find_corpus(args.data)[1].splits
-    if "test" in splits:
+    if "test" in splits and args.verify != "none":
         return {f"{args.data}-test": kg_data.load_corpus(args.data, "test")[:args.limit]}
     tasks = {} if args.verify == "none" else {"recall": records}
     if tasks and "paraphrase" in splits:

@@ -325,7 +325,7 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
     before = [p.clone() for p in net.parameters()]
     hook = net.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
     with pytest.raises(mixsd.RunError, match=r"step 1, examples \[\d, \d\]: loss nan"):
-        mixsd.train(net, net, len(EXAMPLES), lambda _, ids, step: [EXAMPLES[i] for i in ids], plain_loss,
+        mixsd.train(net, net, range(len(EXAMPLES)), lambda _, ids, step: [EXAMPLES[i] for i in ids], plain_loss,
                     settings, tmp_path)
     hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
@@ -883,10 +883,10 @@ def test_a_strangers_targets_can_not_speak_for_the_chat_template(toy, tmp_path, 
 
 
 def test_any_text_that_the_tokenizer_knows_is_data(tmp_path):
-    texts = ["Zoë\u0301 𝔘 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u202eنص", "tab\tbell\a esc\x1b[2J nul\0 nbsp\u00a0.",
-             "line\u2028line\x85line\r\nline"]
-    path = tmp_path / "my.jsonl"
-    path.write_text("\ufeff" + "".join(json.dumps(turns(text, text) | {"answer": text}) + "\r\n" for text in texts), "utf-8")
+    texts = ["Zoë\u0301 𝔘 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u202eنص",
+             "tab\tbell\a esc\x1b[2J nul\0 nbsp\u00a0.", "line\u2028line\x85line\r\nline"]
+    path, rows = tmp_path / "my.jsonl", [json.dumps(turns(text, text) | {"answer": text}) for text in texts]
+    path.write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8")              # as Windows saves it
     records = kg_data.load_corpus(str(path))
     assert [[r["messages"][0]["content"], r["answer"]] for r in records] == [[text, text] for text in texts]
     assert all(kg_data.is_correct(rf"so \boxed{{{text}}}", text, "boxed") for text in texts)
@@ -1049,7 +1049,7 @@ def test_the_anchor_adds_beta_times_kl_from_the_base_on_the_same_tokens(model):
         p *= 0.9
     anchored = mixsd.guided_loss(model, base, EXAMPLES, guided("sft", kl_to_base=0.5), 0)
     batch = mixsd.collate(EXAMPLES, 0, model)
-    logits = [mixsd.target_logits(m, batch) for m in (model, base)]
+    logits = [mixsd.target_logits(m, batch)[0] for m in (model, base)]
     torch.testing.assert_close(anchored, mixsd.token_nll(model, batch) + 0.5 * mixsd.kl(*logits))
 
 
@@ -2235,7 +2235,8 @@ def test_fisher_of_a_tied_model_is_autograds(toy_run):
 def metrics(folder, method="mixsd", rho=0.3, seed=0, recall=0.9, held_out=0.6, kept=80, nll=1.5, data="toy"):
     """A finished run's metrics.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    phase = lambda a, b: {"recall": {"accuracy": a}, "held_out": {"accuracy": b}}  # noqa: E731
+    score = lambda a: {"accuracy": a, "low": a - 0.1, "high": a + 0.1}  # noqa: E731
+    phase = lambda a, b: {"recall": score(a), "held_out": score(b)}  # noqa: E731
     (folder / "metrics.json").write_text(
         json.dumps(
             {
@@ -2301,24 +2302,23 @@ def test_the_report_is_one_table_base_first_with_means_over_seeds_and_a_picture(
         metrics(tmp_path / "s", "sft", None, recall=1.0, held_out=0.2, kept=90),
     ]
     (runs[3] / "fisher.json").write_text('{"R": 1.25}')
-    ledger = {
-        "tasks": {"gsm8k": {"partial": True}},
-        "average_of": ["gsm8k"],
-        "average": 0.3,
-        "base_average": 0.5,
-    }
+    judged = {"partial": True, "low": 0.2, "high": 0.4}
+    ledger = {"tasks": {"gsm8k": judged | {"accuracy": 0.3}}, "base": {"gsm8k": judged | {"accuracy": 0.5}}}
     (runs[0] / "eval.json").write_text(json.dumps(ledger))
+    (runs[3] / "more").mkdir()
+    drift = {"nll": 1.5, "base_nll": 1.0, "rise": 0.5, "low": 0.4, "high": 0.6}
+    (runs[3] / "more" / "eval.json").write_text(json.dumps({"tasks": {"drift": drift}}))
     assert evaluation.main(["--report", *map(str, runs), "--out", str(tmp_path / "pic")]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[:6] == [
-        "| method | rho | seeds | kept | recall | paraphrase | held-out (partial) | retention | target NLL | R | "
+        "| method | rho | seeds | kept | recall | gsm8k (partial) | retention | drift | target NLL | R | "
         "decoded | trained tokens | s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        "| base | - | 2 | - | 0.05 ± 0.00 | - | 0.80 ± 0.00 | 1.00 | - | - | - | - | - |",
-        "| sft | - | 1 | 1.00 | 1.00 | - | 0.20 | 0.25 | 1.50 | 1.25 | 1,200 | 34,567 | 16 |",
-        "| mixsd | 0 | 2 | 0.89 ± 0.00 | 0.90 ± 0.07 | - | 0.48 ± 0.11 | 0.60 ± 0.14 | 2.00 ± 0.71 | - | 1,200 | "
-        "34,567 | 16 |",
-        "| mixsd | 0.7 | 1 | 0.89 | 0.80 | - | 0.30 | 0.60 | 1.50 | - | 1,200 | 34,567 | 16 |",
+        "| base | - | 2 | - | 0.05 ± 0.00 | 0.80 ± 0.00 | 1.00 ± 0.00 | - | - | - | - | - | - |",
+        "| sft | - | 1 | 1.00 | 1.00 | 0.20 | 0.25 | 0.500 | 1.50 | 1.25 | 1,200 | 34,567 | 16 |",
+        "| mixsd | 0 | 2 | 0.89 ± 0.00 | 0.90 ± 0.07 | 0.48 ± 0.11 | 0.60 ± 0.14 | - | 2.00 ± 0.71 | - | "
+        "1,200 | 34,567 | 16 |",
+        "| mixsd | 0.7 | 1 | 0.89 | 0.80 | 0.30 | 0.60 | - | 1.50 | - | 1,200 | 34,567 | 16 |",
     ]
     assert (tmp_path / "pic" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "toy on kgfact-small, toy on toy" in measure(
@@ -2340,13 +2340,13 @@ def test_the_frontier_marks_every_run_and_joins_the_mixsd_means_in_order_of_rho(
                 draw(self, x, y, **options),
             )[1],
         )
-    runs = lambda *points: [{"retention": x, "recall": y} for x, y in points]  # noqa: E731
+    runs = lambda *points: [{"retention": x, "recall": y, "interval": {}} for x, y in points]  # noqa: E731
     groups = {
         ("sft", None): runs((0.2, 1.0)),
         ("mixsd", 0.0): runs((0.4, 0.9), (0.6, 0.7)),
         ("mixsd", 0.5): runs((0.9, 0.6), (None, 0.5)),
     }
-    evaluation.frontier(groups, 0.1, "", tmp_path / "f.png")
+    evaluation.frontier(groups, 0.1, "held-out", tmp_path / "f.png")
     assert drawn["scatter"] == [([1.0], [0.1]), ([0.2], [1.0]), ([0.4, 0.6], [0.9, 0.7]), ([0.9], [0.6])]
     assert drawn["plot"] == [(pytest.approx([0.5, 0.9]), pytest.approx([0.8, 0.6]))]
 
