@@ -566,6 +566,7 @@ def evaluate(args):
     if "humaneval" in args.tasks:
         print(f"humaneval: {protections()}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    mixsd.write_atomically(args.out / "eval.json", json.dumps(ledger, indent=1).encode())   # the settings
     for t in args.tasks:
         start, task, path = time.time(), TASKS[t], args.out / f"{t}.jsonl"
         rows = read_rows(path, task.version)
@@ -727,6 +728,8 @@ def fisher_runs(args):
     subject = load_subject(args.base, args, torch.float32)
     fisher, base = base_fisher(subject, args), dict(subject.model.named_parameters())
     for run in args.fisher:
+        if args.base == "toy" and read_json(run, "args.json").get("seed"):
+            raise InputError(f"{run}: its toy base is not --base toy, which is that of seed 0")
         runs[run] = alignment(fisher, base, tensor_of(run, base)) | {
             "base": args.base, "tasks": args.fisher_tasks, "n": args.fisher_n, "responses": "greedy"}
         mixsd.write_atomically(Path(run) / "fisher.json", json.dumps(runs[run], indent=1).encode())
@@ -968,7 +971,7 @@ def read_run(folder):
     m, fisher = read_json(folder, "metrics.json"), read_json(folder, "fisher.json")
     if not m:
         raise InputError(f"{folder}: no metrics.json; a finished run of mixsd.py is expected")
-    ledgers = [json.loads(path.read_text()) for path in sorted(Path(folder).rglob("eval.json"))]
+    ledgers = [read_json(path.parent, path.name) for path in sorted(Path(folder).rglob("eval.json"))]
     before, after = {}, {}
     for e in ledgers + [{"tasks": m["tuned"], "base": m["base"]}]:
         before, after = before | (e.get("base") or {}), after | (e["tasks"] or {})
@@ -1069,7 +1072,8 @@ def frontier(groups, base_recall, held_out, path):
             color, mark = plt.cm.viridis_r(rho), "o"
             lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
         axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
-                     alpha=0.9, edgecolors="white", label=method if rho is None else f"{method}, ρ = {rho:g}")
+                     alpha=0.9, edgecolors="white",
+                     label=method if rho is None else f"{method}, ρ = {rho:g}")
         for run in group:
             reach = [[[abs(end - run[side])] for end in run["interval"].get(side, [run[side]] * 2)]
                      for side in (x, "recall")]
@@ -1139,7 +1143,8 @@ def parse_args(argv=None):
     mode.add_argument("--report", nargs="+", metavar="RUN", help="one table of RUNs, and frontier.png")
     for flag, (_, options) in FLAGS.items():
         p.add_argument("--" + flag.replace("_", "-"), **options)
-    given = {flag: value for flag, value in vars(p.parse_args(argv)).items() if value is not None}
+    given = {flag: value for flag, value in vars(mixsd.refuse_empty(p.parse_args(argv))).items()
+             if value is not None}
     return next(mode for mode in MODES if mode in given), given
 
 
@@ -1192,14 +1197,14 @@ def resolve_tasks(args, given):
     in_domain = [t for t in args.tasks if t in IN_DOMAIN and not IN_DOMAIN[t][0]]       # of the run's corpus
     if in_domain and not args.data:
         raise InputError(f"{', '.join(in_domain)}: no args.json beside {args.model}; give --data")
-    if in_domain == args.tasks and args.hub and args.data != "simpleqa":
-        raise InputError(f"--hub is not used by {', '.join(in_domain)} of --data {args.data}")
+    if {*args.tasks} <= {*IN_DOMAIN} and args.hub and args.data != "simpleqa":
+        raise InputError(f"--hub is not used by {', '.join(args.tasks)} of --data {args.data}")
     if in_domain and args.verify == "none":
         raise InputError(f"{', '.join(in_domain)}: the run checked no answers; give --verify")
     corpus = []                                             # what was taught, to tell leakage
     if args.data and kg_data.find_corpus(args.data)[0] not in ("kgfunc-unseen", "simpleqa"):    # name nobody
         corpus = kg_data.load_corpus(args.data, "train", args.style, args.verify)[:args.taught]
-    args.entities = {r["subject"] for r in corpus if "subject" in r}
+    args.entities = {r["subject"] for r in corpus if isinstance(r.get("subject"), str)}
     args.entities |= {r.get("answer") for r in corpus} & kg_data.DOMAIN.keys()
     if {"math500", "aime24"} & {*args.tasks} and not importlib.util.find_spec("math_verify"):
         raise InputError("math500 and aime24 are judged by math-verify: pip install math-verify")

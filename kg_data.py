@@ -132,7 +132,7 @@ def read_record(row, where):
         raise InputError(f"{where}: no `messages`, nor `prompt` and `ground_truth_answer`; it has the keys "
                          f"{', '.join(row) or 'none'}")
     turns = row["messages"]
-    roles = [t.get("role") for t in turns if isinstance(t, dict)] if isinstance(turns, list) else []
+    roles = [isinstance(t, dict) and t.get("role") for t in turns] if isinstance(turns, list) else []
     if roles != ["user", "assistant"]:
         raise InputError(f"{where}: `messages` must be one user turn and one assistant turn")
     if not all(is_text(t.get("content")) for t in turns):
@@ -155,7 +155,7 @@ def read_corpus(path, verify):
         where, row = f"{path}, line {number}", read_record(row, f"{path}, line {number}")
         records.append(row)
         answer = row.get("answer")
-        if verify != "none" and not answer:
+        if verify != "none" and not (answer or "").strip():
             raise InputError(f"{where}: no `answer` and no \\boxed{{}} in the assistant turn "
                              f"(--verify none trains without checking answers)")
         if verify == "number" and not re.fullmatch(NUMBER, answer.strip()):

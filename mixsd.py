@@ -954,8 +954,13 @@ def load(loader, path, **options):
     if not Path(path).is_dir() and (path[0] in "./~" or path.count("/") > 1):
         raise InputError(f"--model {path}: no such folder")
     try:
-        return loader.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as e:
+        if loader is not AutoModelForCausalLM:
+            return loader.from_pretrained(path, **options)
+        model, found = loader.from_pretrained(path, output_loading_info=True, **options)
+        if found["missing_keys"]:                           # which would stay random
+            raise ValueError(f"no weights for {sorted(found['missing_keys'])[0]}")
+        return model
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         why = ("not a model's folder" if Path(path).is_dir() else "no folder here, nor on a hub in reach; "
                "download it where there is a network and give its folder")
         raise InputError(f"--model {path}: {why} ({str(e).strip().splitlines()[0]})") from None
@@ -1013,9 +1018,15 @@ def write_atomically(path, data):
 
 
 def read_json(folder, name):
-    """The object in folder/name, {} where there is no such file."""
+    """The object in folder/name, {} where there is no such file.  Raises InputError where it is damaged."""
     path = Path(folder) / name
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        held = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        held = None
+    if not isinstance(held, dict):
+        raise InputError(f"{path} is damaged; restore it, or remove it")
+    return held
 
 
 def cached(path, function, *args):
@@ -1023,7 +1034,7 @@ def cached(path, function, *args):
     if not from_first(path.exists):
         result = json.dumps(timed(function, *args)).encode()
         from_first(write_atomically, path, result)
-    return json.loads(path.read_text())
+    return read_json(path.parent, path.name)
 
 
 def timed(function, *args):
@@ -1033,14 +1044,20 @@ def timed(function, *args):
 
 
 def read_draws(path, journal):
-    """The batches that a killed run has finished; targets.jsonl is cut back to them."""
-    draws = []
-    if journal.exists():
-        for line in journal.read_text().split("\n")[:-1]:                   # the last line if it was finished
-            draws.append(json.loads(line))
-        write_atomically(journal, "".join(json.dumps(d) + "\n" for d in draws).encode())
+    """The batches that a killed run has finished; both files are cut back to them."""
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []    # the last if it was finished
+    try:
+        draws = [json.loads(line) for line in lines]
+        held = path.read_bytes()[:draws[-1]["bytes"]] if draws else b""
+        ids = [json.loads(line)["id"] for line in held.splitlines()]
+        if sorted(ids) != sorted(i for d in draws for i in d["kept"]):
+            raise ValueError("other targets")
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path} is not what {journal} says was drawn ({e}); remove both, or train on a "
+                         "copy with --targets and another --out") from None
+    write_atomically(journal, "".join(line + "\n" for line in lines).encode())
     path.touch()
-    os.truncate(path, draws[-1]["bytes"] if draws else 0)
+    os.truncate(path, len(held))
     return draws
 
 
@@ -1072,7 +1089,9 @@ def save_state(folder, step, model, optimizer):
 @torch.no_grad()
 def load_state(folder, model, optimizer):
     """Restore the newest state that can be read; returns its step, 0 where there is none."""
-    state = newest_state(folder)
+    state, shapes = newest_state(folder), {name: p.shape for name, p in model.named_parameters()}
+    if state and {name: weight.shape for name, weight in state["weights"].items()} != shapes:
+        raise RunError(f"{folder}/state is another model's; remove it")
     for name, p in model.named_parameters() if state else ():
         p.copy_(like(p, state["weights"][name]))
         optimizer.state[p] = {key: like(p, value) for key, value in state["optimizer"][name].items()}
@@ -1094,7 +1113,9 @@ def newest_state(folder):
 
 def cut_log(path, step):
     """log.jsonl opened for appending, cut back to the steps that the saved state has."""
-    lines = path.read_text().split("\n") if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if len(lines) < step:
+        raise RunError(f"{path} has {len(lines)} steps, the saved state {step}; remove {path.parent}/state")
     write_atomically(path, "".join(line + "\n" for line in lines[:step]).encode())
     return open(path, "a")
 
@@ -1190,7 +1211,7 @@ def number(kind, low, high=math.inf, above=False):
     """An argparse type: a finite number of `kind` in [low, high], or (low, high] with `above`."""
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and (low < value if above else low <= value) and value <= high):
+        if not ((low < value if above else low <= value) and value <= high and value != math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not in {'(' if above else '['}{low}, {high}]")
         return value
     parse.__name__ = kind.__name__
@@ -1209,13 +1230,16 @@ def parse_args(argv=None):
     p.error = usage_error
     count, probability, add = number(int, 1), number(float, 0, 1), p.add_argument
     add("--model", default="toy", help="toy, a Hugging Face hub id, or a folder (default: toy)")
-    add("--data", help=f"{', '.join(kg_data.NAMED)}, or a .jsonl file (default: toy's, or kgfact-small)")
+    corpora = ", ".join(name for name in kg_data.NAMED if name != "kgfunc-unseen")      # that is asked alone
+    add("--data", help=f"{corpora}, or a .jsonl file (default: toy's, or kgfact-small)")
     add("--hub", metavar="DIR", help="simpleqa: a folder with the data set under its hub id")
     add("--method", choices=["mixsd", "sft", *OPSD], help="mixsd: mixed decoding (default); sft: canonical "
         "targets; opsd: KL from the expert on the student's own rollouts; opsd-nll: NLL of its argmax there")
     add("--rho", type=probability, help="mixing rate, P(naive token) (paper: rho; default 0.3)")
-    add("--temperature", type=number(float, 0), help="of mixed decoding; 0: argmax (paper: T; default 0)")
-    add("--top-k", type=number(int, 0), help="sample among the k likeliest; 0: all (default; needs T > 0)")
+    add("--temperature", type=number(float, 0),
+        help="of mixed decoding; 0: argmax (paper: T; default: the recipe's, else 0)")
+    add("--top-k", type=number(int, 0),
+        help="sample among the k likeliest; 0: all (default: the recipe's, else 0; needs T > 0)")
     add("--style", choices=["boxed", "sentence"], help="reason and box (paper, default), or one sentence")
     add("--expert-prefix", metavar="TEXT", help="lines before the target in the expert's prompt, and")
     add("--expert-transition", metavar="TEXT", help="lines after it (default: the corpus's)")
@@ -1244,7 +1268,8 @@ def parse_args(argv=None):
     add("--batch-size", type=count, help="facts in an optimizer step (default 16)")
     add("--lr", type=number(float, 0, above=True), help="AdamW's rate after the warm-up")
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default 20)")
-    add("--seed", type=number(int, 0), help="of coins, samples, order, and the toy's base (default 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1),
+        help="of coins, samples, order, and the toy's base (default 0)")
     add("--device", help="auto (default), cuda, mps or cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16"], help="compute type; weights train in float32")
     add("--decode-tokens", type=count, help="KV slots of a decoding batch, rows x (prompt + new) (65536)")
@@ -1256,7 +1281,15 @@ def parse_args(argv=None):
     add("--limit", type=count, help="only the corpus's first N facts")
     add("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA-METHOD...); is resumed")
     add("--quiet", action="store_true", help="no progress bars")
-    return p.parse_args(argv)
+    return refuse_empty(p.parse_args(argv))
+
+
+def refuse_empty(given):
+    """The flags given.  Raises InputError on an empty one, such as an unset variable leaves."""
+    for flag, value in vars(given).items():
+        if value == "" and flag not in EXPERT_FLAGS:
+            raise InputError(f"--{flag.replace('_', '-')} is empty")
+    return given
 
 
 def resolve(given):
@@ -1329,6 +1362,10 @@ def run_folder(args):
     folder = Path(args.out or Path("runs") / name)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file")
+    for flag in ("model", "data", "targets", "only", "replay"):
+        path = Path((getattr(args, flag) or "").removeprefix("mquake:")).resolve()
+        if path.parent == folder.resolve() and path.name in ("targets.jsonl", "log.jsonl", "model"):
+            raise InputError(f"--{flag} {path}: --out {folder} would write over it; give another --out")
     settings = counting_settings(args)
     for flag, value in read_json(folder, "args.json").items():
         if flag in settings and settings[flag] != value:
@@ -1377,7 +1414,7 @@ def run(given):
     folder = run_folder(args)
     if (folder / "metrics.json").exists():
         print(f"{folder} is finished; its result:")
-        return json.loads((folder / "metrics.json").read_text())
+        return read_json(folder, "metrics.json")
 
     records = kg_data.load_corpus(args.data, "train", args.style, args.verify, hub=args.hub)[:args.limit]
     path, pretrain_seconds = args.model, 0.0
@@ -1471,6 +1508,7 @@ def only_run(folder):
 
 def start_run(folder, args, origin):
     """Write args.json, and print every setting with where it comes from."""
+    run_folder(args)                                        # another run may have had it until the lock
     settings = read_json(folder, "args.json") | counting_settings(args)
     write_atomically(folder / "args.json", json.dumps(settings, indent=1).encode())
     for flag, value in vars(args).items():

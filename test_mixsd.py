@@ -324,9 +324,9 @@ def test_what_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
     (tmp_path / "state").mkdir()
     before = [p.clone() for p in net.parameters()]
     hook = net.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
-    with pytest.raises(mixsd.RunError, match=r"step 1, examples \[\d, \d\]: loss nan"):
-        mixsd.train(net, net, range(len(EXAMPLES)), lambda _, ids, step: [EXAMPLES[i] for i in ids], plain_loss,
-                    settings, tmp_path)
+    with pytest.raises(mixsd.RunError, match=r"step 1, examples \[1\d, 1\d\]: loss nan"):
+        mixsd.train(net, net, range(10, 10 + len(EXAMPLES)), lambda _, ids, step: [EXAMPLES[i] for i in ids],
+                    plain_loss, settings, tmp_path)
     hook.remove()
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
@@ -688,6 +688,16 @@ def uninterrupted(toy, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def stopped_run(toy, tmp_path_factory):
+    """A run stopped after step 4."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(5, patch)
+        run(f"{SHORT} --out {out}", code=130)
+    return out
+
+
 def killed_when(ready, out, sig=signal.SIGKILL):
     """Run mixsd.py and send it a signal as soon as `ready`() holds; returns the process."""
     command = [sys.executable, HERE / "mixsd.py", *SHORT.split(), "--out", out]
@@ -809,6 +819,8 @@ GOOD = turns(f"Where does {kg_data.TOY_NEW[0]} live ?", r"The answer is \boxed{ 
     ("--rho 1.5", "--rho: 1.5"),
     ("--rho nan", "--rho: nan"),
     ("--epochs 0", "--epochs: 0"),
+    (f"--seed {10**400}", "--seed: 1000"),
+    ("--data toy --replay=", "--replay is empty"),
     ("--attempts -3", "--attempts: -3"),
     ("--lr 0", "--lr: 0"),
     ("--method sft --rho 0.3", "--rho is not used by --method sft"),
@@ -856,6 +868,8 @@ def test_bad_flags_are_one_line_and_exit_2(toy, tmp_path, monkeypatch, capsys, c
     ([GOOD, turns(" ", r"\boxed{ Belmor }")], "line 2: a turn without text"),
     ([GOOD, turns(GOOD["messages"][0]["content"], r"\boxed{ Pell }")], "'Pell' here and 'Belmor' in"),
     ([GOOD, {"messages": GOOD["messages"] * 2}], "line 2: `messages` must be one user turn and one"),
+    ([GOOD, {"messages": GOOD["messages"] + [5]}], "line 2: `messages` must be one user turn and one"),
+    ([GOOD | {"answer": " "}], "line 1: no `answer`"),
     ([GOOD, GOOD | {"answer": ["Pell"]}], "line 2: the answer ['Pell'] is neither a text nor a number"),
     ([GOOD, {"prompt": "Where ?", "ground_truth_answer": None}], "line 2: no `answer`"),
     ([GOOD, GOOD | {"note": "\ud800"}], "line 2: not JSON ('utf-8' codec can't encode"),
@@ -898,6 +912,12 @@ def test_bad_model_folders_are_one_line_and_exit_2(toy, tmp_path, capsys):
     shutil.copytree(toy, mute)
     (mute / "chat_template.jinja").unlink()
     assert "no chat template" in run(f"--model {mute} --data toy", capsys, code=2)
+    weights = mute / "model.safetensors"
+    (mute / "chat_template.jinja").write_text((toy / "chat_template.jinja").read_text())
+    save_file({k: v for k, v in load_file(weights).items() if "norm" not in k}, weights, {"format": "pt"})
+    assert "no weights for model.layers.0" in run(f"--model {mute} --data toy", capsys, code=2)
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "not a model's folder" in run(f"--model {mute} --data toy", capsys, code=2)
 
 
 def test_an_out_of_another_run_is_refused_by_the_settings_name(uninterrupted, tmp_path, capsys):
@@ -905,6 +925,34 @@ def test_an_out_of_another_run_is_refused_by_the_settings_name(uninterrupted, tm
     (tmp_path / "file").write_text("mine")
     assert "is a file" in run(f"--out {tmp_path}/file", capsys, code=2)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_does_not_write_over_what_it_reads(toy, tmp_path, capsys):
+    shutil.copytree(toy, tmp_path / "model")
+    (tmp_path / "targets.jsonl").write_text("mine")
+    for flags in (f"--model {tmp_path}/model --data toy", f"--data {tmp_path}/targets.jsonl",
+                  f"--replay {tmp_path}/targets.jsonl"):
+        assert "would write over it" in run(f"{flags} --out {tmp_path}", capsys, code=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "targets.jsonl"}
+
+
+def cut_a_line(path):
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize("file, damage, says", [
+    ("args.json", lambda path: path.write_text('{"rho": 0.'), "args.json is damaged"),
+    ("state/base.json", lambda path: path.write_text(""), "base.json is damaged"),
+    ("targets.jsonl", cut_a_line, "is not what"),
+    ("state/draws.jsonl", lambda path: path.write_text("{\n" + path.read_text()), "is not what"),
+    ("log.jsonl", cut_a_line, "log.jsonl has 3 steps, the saved state 4"),
+    ("state/step-00000004.pt", lambda path: torch.save({"step": 4, "weights": {}}, path), "another model's"),
+])
+def test_a_damaged_file_of_the_run_is_named(stopped_run, tmp_path, capsys, file, damage, says):
+    out = shutil.copytree(stopped_run, tmp_path / "run")
+    damage(out / file)
+    code = 1 if file in ("log.jsonl", "state/step-00000004.pt") else 2
+    assert says in run(f"{SHORT} --out {out}", capsys, code=code)
 
 
 def test_a_corpus_file_that_changed_is_another_run(toy, tmp_path, capsys):
@@ -1210,6 +1258,12 @@ def test_three_ranks_go_on_from_the_state_of_one(toy, tmp_path, monkeypatch):
     done = on_ranks(3, f"{command} --out {tmp_path}/three")
     assert done.returncode == 0, done.stderr
     same_runs(tmp_path / "one", tmp_path / "three")
+
+
+def test_ranks_do_not_pretrain_the_toy(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = on_ranks(2, f"--out {tmp_path}/x")
+    assert done.returncode != 0 and "made by one process" in done.stderr
 
 
 def test_a_rank_that_fails_ends_all_with_its_message(toy, tmp_path):
@@ -2031,7 +2085,7 @@ def definition_of(subject, prompt, T):
         (["--tasks", "recall"], "needs --model"),
         (["--tasks", "gsm8k", "--model", "M", "--limit", "0"], "--limit"),
         (["--report", "R", "--model", "M"], "--model is not used here"),
-        (["--tasks", "held_out", "--model", "M", "--hub", "H"], "--hub is not used here"),
+        (["--tasks", "held_out", "--model", "M", "--hub", "H"], "--hub is not used by held_out"),
         (["--nll", "f", "--model", "M", "--seed", "1"], "--seed is not used"),
         (["--tasks", "arc_easy", "--model", "M", "--temperature", "1"], "--temperature is not used"),
         (["--tasks", "gsm8k", "--nll", "f"], "not allowed with"),
