@@ -1540,6 +1540,8 @@ def test_scores_count_problems_not_samples_and_say_what_is_partial():
             {"id": 1, "of": 2, "tokens": 3, "nll": 2.0, "base_nll": 0.5},
         ]
     )
+    reach = 1.96 * math.sqrt((1 * (0.5 - 1.25)) ** 2 + (3 * (1.5 - 1.25)) ** 2) / 4
+    assert (nats.pop("low"), nats.pop("high")) == pytest.approx((1.25 - reach, 1.25 + reach))
     assert nats == {
         "nll": 1.75,
         "base_nll": 0.5,
