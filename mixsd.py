@@ -1004,7 +1004,7 @@ def save_model(model, tokenizer, path, folder):
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except SafetensorError as e:                            # what safetensors makes of a full disk
+    except Exception as e:                                  # of a full disk tokenizers makes a bare Exception
         raise RunError(f"{folder} can't be written ({e}); free the disk and run again") from e
 
 
@@ -1592,8 +1592,9 @@ def exit_code(name, job):
         code = 143 if isinstance(e, SystemExit) else 130
     except torch.OutOfMemoryError as e:
         message, code = f"{str(e).splitlines()[0]} Lower --decode-tokens or --micro-tokens.", 1
-    except OSError as e:
-        message, code = f"{e.filename or 'writing'}: {e.strerror or e}; mend it and run the same command", 1
+    except (OSError, SafetensorError) as e:                 # a full disk is either
+        file, why = getattr(e, "filename", None) or "writing", getattr(e, "strerror", None) or e
+        message, code = f"{file}: {why}; mend it and run the same command", 1
     print(" ".join(f"{name}: {message}".split()), file=sys.stderr)              # one line, whatever it quotes
     return code
 

@@ -1025,6 +1025,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(uninterrupted, t
     assert same_run(uninterrupted, tmp_path / "run")
 
 
+def test_a_disk_that_fills_while_the_model_is_saved_is_one_line(model, tmp_path):
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")  # as the tokenizers library says it
+    with pytest.raises(mixsd.RunError, match="model can't be written .No space left"):
+        mixsd.save_model(model, Tokenizer(), "path", tmp_path / "model")
+
+
 # -------------------------------------------------------------- OPSD, and the other answers to forgetting
 
 
