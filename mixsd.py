@@ -8,8 +8,8 @@ Fine-tuning on facts as we would write them (SFT) moves the model wherever our w
 trains on targets that the frozen base model p wrote itself.  Two readers of one shared prefix y_<t take
 turns:
 
-    expert   y+_t ~ p( . | x+, y_<t)      x+ = the prompt x with the answer inserted; at T = 0, ~ is argmax
-    naive    y-_t ~ p( . | x,  y_<t)      the model's own prior
+    expert   y+_t ~ p( . | x+, y_<t)      x+ = the prompt x with the answer inserted
+    naive    y-_t ~ p( . | x,  y_<t)      the model's own prior; at temperature 0, ~ is argmax
     y_t  =  y-_t with probability rho, else y+_t              a coin for each t, tossed beforehand
     y is kept if it ends and gives the answer; else it is drawn again, with fresh coins
     loss =  - sum_i sum_t log q(y_it | x_i, y_i<t) / N        q starts at p and never reads x+
