@@ -34,6 +34,8 @@ import kg_data
 import mixsd
 from mixsd import EXPERT, NAIVE
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+
 V, STOPS = 64, [63, 62]
 HERE = Path(__file__).parent
 
