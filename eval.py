@@ -70,7 +70,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import kg_data
 import mixsd
 from kg_data import InputError, boxed, hub_rows
-from mixsd import RunError, read_json
+from mixsd import RunError, read_json, write_json
 
 FIVE = ["gsm8k", "math500", "aime24", "humaneval", "mmlu"]              # the paper's held-out benchmarks
 SMALL = ["arc_easy", "held_out"]                                        # what small models are judged on
@@ -566,7 +566,7 @@ def evaluate(args):
     if "humaneval" in args.tasks:
         print(f"humaneval: {protections()}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    mixsd.write_atomically(args.out / "eval.json", json.dumps(ledger, indent=1).encode())   # the settings
+    write_json(args.out / "eval.json", ledger)              # the settings
     for t in args.tasks:
         start, task, path = time.time(), TASKS[t], args.out / f"{t}.jsonl"
         rows = read_rows(path, task.version)
@@ -586,7 +586,7 @@ def evaluate(args):
         before = averaged({name: base[name] for name in names})[0] if comparable else None
         ledger |= {"average": average, "average_of": names, "base": base, "base_average": before,
                    "retention": average / before if before else None, "peak_gib": mixsd.peak_gib()}
-        mixsd.write_atomically(args.out / "eval.json", json.dumps(ledger, indent=1).encode())
+        write_json(args.out / "eval.json", ledger)
     return ledger
 
 
@@ -732,7 +732,7 @@ def fisher_runs(args):
             raise InputError(f"{run}: its toy base is not --base toy, which is that of seed 0")
         runs[run] = alignment(fisher, base, tensor_of(run, base)) | {
             "base": args.base, "tasks": args.fisher_tasks, "n": args.fisher_n, "responses": "greedy"}
-        mixsd.write_atomically(Path(run) / "fisher.json", json.dumps(runs[run], indent=1).encode())
+        write_json(Path(run) / "fisher.json", runs[run])
         print(f"{run}: R {runs[run]['R']}, ||d||^2 {runs[run]['squared_distance']:.4g}, "
               f"drop {read[run]['drop']}, drift {read[run]['drift']}")
     r = {f"{loss}_{key}": correlation([(read[run][loss], runs[run][key]) for run in runs])

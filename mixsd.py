@@ -954,12 +954,7 @@ def load(loader, path, **options):
     if not Path(path).is_dir() and (path[0] in "./~" or path.count("/") > 1):
         raise InputError(f"--model {path}: no such folder")
     try:
-        if loader is not AutoModelForCausalLM:
-            return loader.from_pretrained(path, **options)
-        model, found = loader.from_pretrained(path, output_loading_info=True, **options)
-        if found["missing_keys"]:                           # which would stay random
-            raise ValueError(f"no weights for {sorted(found['missing_keys'])[0]}")
-        return model
+        return loader.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         why = ("not a model's folder" if Path(path).is_dir() else "no folder here, nor on a hub in reach; "
                "download it where there is a network and give its folder")
@@ -977,7 +972,10 @@ def load_tokenizer(path):
 def load_model(path, dtype, device):
     """The causal model in `path` with its weights as `dtype`, on `device`, dropout off."""
     config = load(AutoConfig, str(path))                    # the smallest file first: a wrong name fails soon
-    model = load(AutoModelForCausalLM, str(path), config=config, dtype=dtype, use_safetensors=True)
+    model, found = load(AutoModelForCausalLM, str(path), config=config, dtype=dtype, use_safetensors=True,
+                        output_loading_info=True)
+    if found["missing_keys"]:                               # they would be random
+        raise InputError(f"--model {path}: no weights for {sorted(found['missing_keys'])[0]}")
     return ready(model, device)
 
 
@@ -1017,6 +1015,11 @@ def write_atomically(path, data):
     os.replace(partial, path)
 
 
+def write_json(path, held):
+    """Write an object to `path`, whole or not at all."""
+    write_atomically(path, json.dumps(held, indent=1).encode())
+
+
 def read_json(folder, name):
     """The object in folder/name, {} where there is no such file.  Raises InputError where it is damaged."""
     path = Path(folder) / name
@@ -1032,8 +1035,7 @@ def read_json(folder, name):
 def cached(path, function, *args):
     """The JSON in `path`, or timed(function, *args) written there first: what a restart need not repeat."""
     if not from_first(path.exists):
-        result = json.dumps(timed(function, *args)).encode()
-        from_first(write_atomically, path, result)
+        from_first(write_json, path, timed(function, *args))
     return read_json(path.parent, path.name)
 
 
@@ -1147,15 +1149,15 @@ def refuse_control_tokens(tokenizer, texts):
 
 
 def target_rows(path, model, tokenizer, stops):
-    """[(file and line, row, target ids)] of a targets file, by ids where they are there, else by text."""
-    rows = []
+    """[(file and line, row, prompt ids, target ids)] of a targets file, by its ids, else by its text."""
+    rows, texts = [], {}
     for line, row in kg_data.read_jsonl(path):
         where = f"{path}, line {line}"
         row = kg_data.read_record(row, where)
         text, ids, source = row["messages"][1]["content"], row.get("target_ids"), row.get("source")
-        question, written = row["messages"][0]["content"], text if ids is None else ""
-        refuse_control_tokens(tokenizer, {where: f"{question}\n{written}"})
+        question = texts[where] = row["messages"][0]["content"]
         if ids is None:
+            texts[where] += "\n" + text
             ids, source = written_ids(tokenizer, text, stops), None
         elif not (isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in ids)
                   and ids and ids[-1] in stops and text_of(tokenizer, ids) == text):
@@ -1163,17 +1165,18 @@ def target_rows(path, model, tokenizer, stops):
         if source is not None and not (isinstance(source, list) and len(source) == len(ids)
                                        and all(s in (EXPERT, NAIVE) for s in source)):
             raise InputError(f"{where}: source must name {EXPERT} or {NAIVE} for each of target_ids")
-        length, room = len(chat_ids(tokenizer, question)) + len(ids), max_positions(model)
-        if length > room:
+        prompt, room = chat_ids(tokenizer, question), max_positions(model)
+        if (length := len(prompt) + len(ids)) > room:
             raise InputError(f"{where}: {length:,} tokens, and the model has {room:,} positions")
-        rows.append((where, row | {"source": source}, ids))
+        rows.append((where, row | {"source": source}, prompt, ids))
+    refuse_control_tokens(tokenizer, texts)
     return rows
 
 
 def read_targets(path, records, pairs, base, tokenizer, stops, args):
     """The targets of somebody's file, by ids where they are there.  Raises InputError if they don't fit."""
     position, targets = {r["messages"][0]["content"]: i for i, r in enumerate(records)}, []
-    for where, row, ids in target_rows(path, base, tokenizer, stops):
+    for where, row, _, ids in target_rows(path, base, tokenizer, stops):
         question = row["messages"][0]["content"]
         if question not in position:
             raise InputError(f"{where}: not a question of {args.data}: another corpus's (--data, --limit)")
@@ -1186,8 +1189,7 @@ def read_targets(path, records, pairs, base, tokenizer, stops, args):
 
 def read_examples(path, model, tokenizer, stops):
     """[(naive prompt's ids, target ids)] of a targets file.  Raises InputError with file and line."""
-    return [(chat_ids(tokenizer, row["messages"][0]["content"]), ids)
-            for _, row, ids in target_rows(path, model, tokenizer, stops)]
+    return [(prompt, ids) for _, _, prompt, ids in target_rows(path, model, tokenizer, stops)]
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1467,7 +1469,7 @@ def run(given):
 def finish(args, targets, draws, records, folder, before, after, pretrain_seconds):
     """What metrics.json holds, written there; the states are removed."""
     metrics = summary(args, targets, draws, records, folder, before, after, pretrain_seconds)
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1).encode())
+    write_json(folder / "metrics.json", metrics)
     for state in (folder / "state").glob("step-*"):                     # 12 bytes a parameter, needed no more
         state.unlink()
     return metrics
@@ -1510,7 +1512,7 @@ def start_run(folder, args, origin):
     """Write args.json, and print every setting with where it comes from."""
     run_folder(args)                                        # another run may have had it until the lock
     settings = read_json(folder, "args.json") | counting_settings(args)
-    write_atomically(folder / "args.json", json.dumps(settings, indent=1).encode())
+    write_json(folder / "args.json", settings)
     for flag, value in vars(args).items():
         if value is not None and value is not False:
             print(f"{flag:18} {value!s:32} {origin[flag]}")

