@@ -977,6 +977,7 @@ def read_run(folder):
         before, after = before | (e.get("base") or {}), after | (e["tasks"] or {})
     value = lambda score: score.get("rise", score.get("nll", score.get("accuracy")))        # noqa: E731
     run = {k: m[k] for k in ("model", "data", "method", "rho", "seed")} | dict.fromkeys(COLUMNS)
+    run["lr"] = read_json(folder, "args.json").get("lr")
     run |= {task: value(score) for task, score in after.items()}
     run["base"] = {task: value(score) for task, score in before.items()}
     run["interval"] = {task: [score["low"], score["high"]] for task, score in after.items() if "low" in score}
@@ -1005,15 +1006,19 @@ def mean_and_spread(values, digits=2):
 
 
 def labels_of(folders, runs):
-    """Each run's method, with what sets it apart from others of its method and rho, seeds aside."""
-    settings, labels = [read_json(folder, "args.json") | {"seed": None} for folder in folders], []
+    """Each run's method, with the flags that set it apart from others of its method and rho.
+
+    Seeds and rates aside; a flag at its default goes unsaid.
+    """
+    settings, labels = [read_json(folder, "args.json") | {"seed": None, "lr": None} for folder in folders], []
     for own in settings:
         own |= {k: "" for k in ("targets", "only", "replay") if own.get(k)}     # a file's name says little
     for run, own in zip(runs, settings):
         alike = [s for r, s in zip(runs, settings) if (r["method"], r["rho"]) == (run["method"], run["rho"])]
-        differs = [k for k, v in own.items() if v is not None and not k.endswith("_sha256")
-                   and any(s.get(k) != v for s in alike)]
-        labels.append(", ".join([run["method"]] + [f"{k} {own[k]}".strip() for k in differs]))
+        differs = [k for k, v in own.items() if v not in (None, mixsd.DEFAULTS.get(k))
+                   and not k.endswith("_sha256") and any(s.get(k) != v for s in alike)]
+        flags = [f"--{k.replace('_', '-')} {own[k]:{'g' * isinstance(own[k], float)}}" for k in differs]
+        labels.append(" ".join([run["method"], *map(str.strip, flags)]))
     return labels
 
 
@@ -1025,20 +1030,24 @@ def report(args):
         raise InputError(f"--report: one table is for one model and corpus, these are {', '.join(kinds)}")
     for run, label in zip(runs, labels_of(args.report, runs)):
         run["method"] = label
-    for r in sorted(runs, key=lambda r: (r["method"].startswith("mixsd"), r["method"], r["rho"] or 0)):
-        groups.setdefault((r["method"], r["rho"]), []).append(r)
+    keys = ["method", "rho"] + ["lr"] * (len({r["lr"] for r in runs}) > 1)                  # of a row
+    order = lambda r: (r["method"].startswith("mixsd"), r["method"], r["rho"] or 0, r["lr"] or 0)  # noqa: E731
+    for r in sorted(runs, key=order):
+        groups.setdefault(tuple(r[key] for key in keys), []).append(r)
     columns = {k: head for k, head in COLUMNS.items() if any(r[k] is not None for r in runs)}
     names = sorted({t for r in runs for t in r["held_out_of"]} - {"held_out"})
     if names:
         columns["held_out"] = ", ".join(names) + " (partial)" * any(r["partial"] for r in runs)
-    print(f"| method | rho | seeds | {' | '.join(columns.values())} |\n|" + "---|" * (3 + len(columns)))
+    heads = [*keys, "seeds", *columns.values()]
+    print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
     bases = {}                                              # the toy has a base a seed
     for run in runs:
         bases.setdefault(run["seed"], {}).update(run["base"])
-    rows = {("base", None): list(bases.values())} | groups
-    for (method, rho), group in rows.items():
-        cells = [mean_and_spread([r.get(k) for r in group], DIGITS.get(k, 2)) for k in columns]
-        print(f"| {method} | {'-' if rho is None else f'{rho:g}'} | {len(group)} | {' | '.join(cells)} |")
+    rows = {("base", *[None] * (len(keys) - 1)): list(bases.values())} | groups
+    for (method, *numbers), group in rows.items():
+        cells = [method, *("-" if x is None else f"{x:g}" for x in numbers), str(len(group))]
+        cells += [mean_and_spread([r.get(k) for r in group], DIGITS.get(k, 2)) for k in columns]
+        print(f"| {' | '.join(cells)} |")
     if importlib.util.find_spec("matplotlib"):
         args.out.mkdir(parents=True, exist_ok=True)
         frontier(groups, runs[0]["base"].get("recall"), columns.get("held_out"), args.out / "frontier.png")
@@ -1059,7 +1068,7 @@ def frontier(groups, base_recall, held_out, path):
     lines, colors = {}, "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
     looks = zip(colors * 9, "sD^vPX<>" * 9)                 # of methods without a rho, as they come
     base = {x: 0.0 if drifted else 1.0, "recall": base_recall, "interval": {}}
-    for (method, rho), group in ({("base", None): [base]} | groups).items():
+    for (method, rho, *lr), group in ({("base", None): [base]} | groups).items():
         group = [run for run in group if None not in (run[x], run["recall"])]
         if not group:
             continue
@@ -1071,9 +1080,9 @@ def frontier(groups, base_recall, held_out, path):
         else:
             color, mark = plt.cm.viridis_r(rho), "o"
             lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
+        settings = [f", {name} = {x:g}" for name, x in zip(("ρ", "lr"), (rho, *lr)) if x is not None]
         axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
-                     alpha=0.9, edgecolors="white",
-                     label=method if rho is None else f"{method}, ρ = {rho:g}")
+                     alpha=0.9, edgecolors="white", label=method + "".join(settings))
         for run in group:
             reach = [[[abs(end - run[side])] for end in run["interval"].get(side, [run[side]] * 2)]
                      for side in (x, "recall")]

@@ -2426,9 +2426,9 @@ def test_the_report_does_not_average_runs_that_differ_in_more_than_the_seed(tmp_
         (tmp_path / name / "args.json").write_text(json.dumps(settings))
         runs.append({"method": "mixsd", "rho": 0.3})
     labels = evaluation.labels_of([tmp_path / name for name in "abc"], runs)
-    assert labels == ["mixsd, temperature 0.0"] * 2 + ["mixsd, temperature 1.0"]
+    assert labels == ["mixsd"] * 2 + ["mixsd --temperature 1"]
     settings["seed"], settings["only"], settings["only_sha256"] = 3, "runs/a/targets.jsonl", "f00"
     (tmp_path / "c" / "args.json").write_text(json.dumps(settings))
     assert evaluation.labels_of([tmp_path / "c", tmp_path / "c"], [runs[0]] * 2) == ["mixsd"] * 2
-    assert evaluation.labels_of([tmp_path / "a", tmp_path / "c"], runs[1:])[1] == "mixsd, temperature 1.0, only"
+    assert evaluation.labels_of([tmp_path / "a", tmp_path / "c"], runs[1:])[1] == "mixsd --temperature 1 --only"
     assert evaluation.labels_of([tmp_path / name for name in "ab"], runs[:2]) == ["mixsd"] * 2
