@@ -881,7 +881,7 @@ def test_bad_flags_are_one_line_and_exit_2(toy, tmp_path, monkeypatch, capsys, c
     ([GOOD, turns("Where does <end> live ?", r"\boxed{ Belmor }")], "record 2: holds <end>"),
     ([turns("Where does Quetzalcoatl live ?", r"\boxed{ Belmor }")], "record 1: has words"),
     ([turns("live " * 300, r"\boxed{ Belmor }")], "positions of"),
-    ([turns("live " * 2_000_000, r"\boxed{ Belmor }")], "prompt of 2,0"),  # a line of 10 MB
+    ([turns("live " * 200_000, r"\boxed{ Belmor }")], "prompt of 200,0"),  # a line of 1 MB
 ])
 def test_bad_corpus_files_are_one_line_and_exit_2(toy, tmp_path, capsys, rows, says):
     err = run(f"--data {jsonl(tmp_path / 'my.jsonl', *rows)} --out {tmp_path}/out", capsys, code=2)
@@ -1256,8 +1256,6 @@ def test_two_ranks_make_the_same_targets_losses_and_weights_as_one(toy, tmp_path
     assert all(metrics[k] == alone[k] for k in ("tuned", "base", "tokens")) and done.stdout.count('"tuned"') == 1
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
     assert tuned.config.architectures == ["Qwen3ForCausalLM"] and tuned.dtype == torch.float32
-    again = on_ranks(2, f"{command} --out {tmp_path}/two")
-    assert again.returncode == 0 and "is finished" in again.stdout
 
 
 def test_three_ranks_go_on_from_the_state_of_one(toy, tmp_path, monkeypatch):
