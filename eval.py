@@ -1031,8 +1031,7 @@ def report(args):
     for run, label in zip(runs, labels_of(args.report, runs)):
         run["method"] = label
     keys = ["method", "rho"] + ["lr"] * (len({r["lr"] for r in runs}) > 1)                  # of a row
-    order = lambda r: (r["method"].startswith("mixsd"), r["method"], r["rho"] or 0, r["lr"] or 0)  # noqa: E731
-    for r in sorted(runs, key=order):
+    for r in sorted(runs, key=lambda r: ("mixsd" in r["method"], r["method"], r["rho"] or 0, r["lr"] or 0)):
         groups.setdefault(tuple(r[key] for key in keys), []).append(r)
     columns = {k: head for k, head in COLUMNS.items() if any(r[k] is not None for r in runs)}
     names = sorted({t for r in runs for t in r["held_out_of"]} - {"held_out"})

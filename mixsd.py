@@ -109,8 +109,8 @@ def stop_ids(model, tokenizer):
 def uniforms(what, T, seed, examples, attempt=0):
     """(B, T) float64 in [0, 1): a function of (what, seed, example, attempt, t) alone.
 
-    Python's own generator, seeded by the SHA-512 of that key: neither the batch nor its order, neither a
-    restart nor the version of a library can change who speaks at which token.
+    Python's own generator, seeded by a text of the first four, gives the tokens their numbers in turn:
+    neither the batch nor its order, a restart or the version of a library can change who speaks when.
     """
     streams = [random.Random(f"{what} seed {seed} example {i} attempt {attempt}") for i in examples]
     return torch.tensor([[stream.random() for _ in range(T)] for stream in streams], dtype=torch.float64)
@@ -178,8 +178,8 @@ def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None, com
         attention = F.pad(attention, (0, L - P), value=1)   # slots not yet written are hidden causally
     for t in range(T):
         R = len(alive)
-        speaker = source[alive, t] * R + torch.arange(R, device=device)         # (R,) the row that is asked
-        y_t = pick(logits[speaker], temperature, top_k, None if u is None else u[alive, t])
+        asked = source[alive, t] * R + torch.arange(R, device=device)           # (R,) rows of the speakers
+        y_t = pick(logits[asked], temperature, top_k, None if u is None else u[alive, t])
         unfinished = n[alive] == 0                                              # (R,)
         y_t = torch.where(unfinished, y_t, stops[0])
         y[alive, t] = y_t
@@ -221,7 +221,9 @@ def batches(widths, budget, C=1):
 
 
 def within_memory(job, widths, args, C=1):
-    """Yields (keys, job(keys)) of `widths` in batches of --decode-tokens a rank, halved where memory ends.
+    """Yields (keys, job(keys)) of `widths` in batches of --decode-tokens a rank.
+
+    With one rank they are halved where memory ends.
 
     job  keys -> {key: value}, on each rank for its share of a batch; what is yielded holds all of the batch
     """
@@ -249,7 +251,7 @@ def max_positions(model):
 
 
 def full_attention(model):
-    """Whether every layer attends to all before it: a sliding window would count padding in between."""
+    """Whether no layer has a sliding window, which would count the padding between tokens."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
@@ -257,7 +259,8 @@ def shared_prefix(model, prompts):
     """How many tokens all prompts begin with (the chat header, shots), at least one left to each.
 
     They go through the model once for all rows, as columns in front of the padding; fewer than 8 are not
-    worth a pass of their own.
+    worth a pass of their own.  one_pass: sharded or recomputed layers can't be called twice before the
+    backward pass.
     """
     if len(prompts) == 1 or not full_attention(model) or getattr(model, "one_pass", False):
         return 0
@@ -308,12 +311,13 @@ class RoomyLayer(DynamicLayer):
 
 
 def prefill(model, contexts, pad_id):
-    """(cache, logits, attention, positions) of C lists of B prompts, a row each: their KV, what follows
-    (C*B, V), the mask (C*B, P), the position of each last token (C*B, 1).
+    """Read C lists of B prompts, a row each, each list at its own width, then padded in front to the widest.
 
-    Each context is read at its own width, and then padded in front to the widest.
+    Returns (the KV cache, the next token's logits (C*B, V), the mask (C*B, P), last positions (C*B, 1)).
     """
-    groups, caches, others = contexts if full_attention(model) else [sum(contexts, [])], [], []
+    groups, caches, others = contexts, [], []
+    if not full_attention(model):                           # all at one width, with no padding added later
+        groups = [sum(contexts, [])]
     for prompts in groups:
         shared, cache = shared_prefix(model, prompts), DynamicCache(config=model.config)
         cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -361,7 +365,7 @@ def static(model, cache, L):
 # ------------------------------------------------------------------------------------------------------ loss
 
 class Batch(NamedTuple):
-    """Prompts padded on the left, targets on the right, so that every target begins in the same column P."""
+    """Prompts padded in front of their unshared part, targets behind: every target begins in column P."""
     ids: torch.Tensor           # (B, L) int64
     attention: torch.Tensor     # (B, L) int64, 0 on padding
     is_target: torch.Tensor     # (B, T) bool, True on y_1 .. y_stop
@@ -432,7 +436,8 @@ def guided_loss(student, guide, examples, args, pad_id):
 
     examples  [(x, x_plus, y)], or [(x, y)] where guide and student read the same
     """
-    seen, guided = (collate([(e[i], e[-1]) for e in examples], pad_id, student) for i in (0, -2))
+    seen, guided = (collate([(e[i], e[-1]) for e in examples], pad_id, student)
+                    for i in (0, -2))                       # the student reads x, the guide x_plus, if any
     logits, labels = target_logits(student, seen)                               # (N, V), (N,)
     with torch.no_grad():
         reference, _ = target_logits(guide, guided)                             # (N, V)
@@ -492,7 +497,7 @@ def make_targets(model, tokenizer, records, pairs, taught, stops, args, folder):
     if args.on_fail == "expert" and (args.rho or args.temperature):     # at rho 0 it has spoken alone already
         rounds.append((args.attempts, 0.0))
     if args.method == "sft" or args.on_fail == "canonical":
-        rounds.append((args.attempts if args.method == "mixsd" else 0, None))
+        rounds.append((args.attempts if args.method == "mixsd" else 0, None))       # None: not decoded
 
     kept = {i for d in draws for i in d["kept"]}
     bar = tqdm(total=len(taught), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
@@ -603,9 +608,9 @@ def lend_gradients(work, model):
 
 
 @torch.no_grad()
-def copy_weights(model, work):
-    """Round the weights of `model`, which may be sharded, into its copy."""
-    for p, weight in zip(work.parameters(), model.parameters()):
+def copy_weights(source, into):
+    """Round the weights of `source`, which may be sharded, into its copy."""
+    for p, weight in zip(into.parameters(), source.parameters()):
         p.copy_(whole(weight))
 
 
@@ -619,7 +624,7 @@ def update(model, work, optimizer, examples, lr, token_loss, micro_tokens):
     widths = {i: (max(map(len, prompts)), len(target)) for i, (*prompts, target) in enumerate(examples)}
     rank, world = ranks()
     for part in batches(widths, micro_tokens * world):
-        mine = part[rank::world]                            # none: its part of the collective work remains
+        mine = part[rank::world]                            # none: one is run, for 0, beside other ranks
         losses = token_loss(work, [examples[i] for i in mine or part[:1]])
         loss = losses.sum() * (bool(mine) / N)
         (loss * world).backward()                           # the gradient is the mean over ranks
@@ -664,11 +669,11 @@ def objective(guide, plain, tokenizer, stops, pairs, taught, targets, old, args)
     """
     examples, pad_id = [(pairs[t["id"]][NAIVE], t["target_ids"]) for t in targets or []], stops[0]
 
-    def examples_of(work, ids, step):
+    def examples_of(work, places, step):
         if args.method in OPSD:
             student = gather(work, plain)
-            return rollouts(student, tokenizer, stops, pairs, [taught[i] for i in ids], step, args)
-        return with_replay([examples[i] for i in ids], old, args.replay_share or 0, args.seed, step)
+            return rollouts(student, tokenizer, stops, pairs, [taught[i] for i in places], step, args)
+        return with_replay([examples[i] for i in places], old, args.replay_share or 0, args.seed, step)
 
     def token_loss(model, part):
         if guide:
@@ -689,7 +694,7 @@ def train(model, work, names, examples_of, token_loss, settings, folder=None, de
     settings    needs steps, batch_size, lr, warmup, seed, micro_tokens, quiet
     folder      where log.jsonl grows, a line a step, and state/ is kept; a killed run goes on from it, bit
                 for bit the same in float32 on a CPU.  None keeps nothing.
-    Raises RunError with the step and the examples where the loss or the gradient is not finite.
+    Raises RunError with the step and the examples where the gradient is not finite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), eps=1e-8,
                                   weight_decay=0.01, fused=True)
@@ -706,15 +711,15 @@ def train(model, work, names, examples_of, token_loss, settings, folder=None, de
         for step in range(done + 1, settings.steps + 1):
             start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
             order = epoch_order(len(names), settings.seed, epoch)
-            ids = order[at * settings.batch_size:(at + 1) * settings.batch_size]
-            examples = examples_of(work, ids, step)
+            places = order[at * settings.batch_size:(at + 1) * settings.batch_size]
+            examples = examples_of(work, places, step)
             lr = learning_rate(step, settings.lr, settings.warmup, settings.steps if decay else None)
             with signals_held():
                 try:
                     loss, norm, N = update(model, work, optimizer, examples, lr, token_loss,
                                            settings.micro_tokens)
                 except FloatingPointError as e:
-                    where = f"step {step}, examples {[names[i] for i in ids]}"
+                    where = f"step {step}, examples {[names[i] for i in places]}"
                     raise RunError(f"{where}: {e}; step {done} is kept") from None
                 except torch.OutOfMemoryError:
                     raise RunError(f"step {step}: no memory for --micro-tokens {settings.micro_tokens}; "
@@ -727,8 +732,8 @@ def train(model, work, names, examples_of, token_loss, settings, folder=None, de
             bar.update()
             if step % max(1, settings.steps // 10) == 0:
                 tqdm.write(f"{desc}: step {step}/{settings.steps}, {loss:.3f} nats/token, lr {lr:.1e}")
-            due = time.time() - saved_at > 20 * save_cost
-            if folder and step < settings.steps and from_first(lambda: due):
+            due = lambda: time.time() - saved_at > 20 * save_cost                   # noqa: E731
+            if folder and step < settings.steps and from_first(due):
                 saving = time.time()                        # being safe may take one part in 20 of the time
                 if log:
                     log.flush()
@@ -836,7 +841,8 @@ def complete(model, tokenizer, stops, prompts, args, temperature=0.0, sample=0):
     widths = {key: (len(x), T) for key, x in prompts.items()}
     for _, answers in within_memory(answer, widths, args):
         for key, (row, ended) in answers.items():
-            yield key, row, text_of(tokenizer, row if ended else row + stops[:1]), ended
+            closed = row if ended else row + stops[:1]
+            yield key, row, text_of(tokenizer, closed), ended
 
 
 def wilson(k, n, z=1.96):
@@ -895,7 +901,7 @@ def toy_base(quiet=False, seed=0):
     examples = [(chat_ids(tokenizer, x), written_ids(tokenizer, y, [end])) for x, y in world]
     settings = argparse.Namespace(**TOY_PRETRAINING, seed=seed, quiet=quiet)
     token_loss = lambda model, part: token_nll(model, collate(part, pad, model))     # noqa: E731
-    examples_of = lambda work, ids, step: [examples[i] for i in ids]                 # noqa: E731
+    examples_of = lambda work, places, step: [examples[i] for i in places]           # noqa: E731
     train(model, model, range(len(examples)), examples_of, token_loss, settings, desc="pretraining the toy",
           decay=True)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -938,7 +944,7 @@ def pick_device(device, dtype):
 
 
 def sdpa_cpu(module, query, key, value, *args, **kwargs):
-    """transformers' sdpa; where a gradient will be asked for in float32: in bfloat16 it is 5 times slower."""
+    """transformers' sdpa, in float32 where a gradient is needed: in bfloat16 it is 5 times slower there."""
     dtype = torch.float32 if query.requires_grad else query.dtype
     qkv = query.to(dtype), key.to(dtype), value.to(dtype)
     out, weights = sdpa_attention_forward(module, *qkv, *args, **kwargs)
@@ -1117,7 +1123,8 @@ def cut_log(path, step):
     """log.jsonl opened for appending, cut back to the steps that the saved state has."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     if len(lines) < step:
-        raise RunError(f"{path} has {len(lines)} steps, the saved state {step}; remove {path.parent}/state")
+        raise RunError(f"{path} has {len(lines)} steps, the saved state {step}; "
+                       f"remove {path.parent}/state/step-*")
     write_atomically(path, "".join(line + "\n" for line in lines[:step]).encode())
     return open(path, "a")
 
@@ -1231,7 +1238,7 @@ def parse_args(argv=None):
                                 epilog="Other defaults come from the corpus's recipe; a run prints them all.")
     p.error = usage_error
     count, probability, add = number(int, 1), number(float, 0, 1), p.add_argument
-    add("--model", default="toy", help="toy, a Hugging Face hub id, or a folder (default: toy)")
+    add("--model", help="toy, a Hugging Face hub id, or a folder (default: toy)")
     corpora = ", ".join(name for name in kg_data.NAMED if name != "kgfunc-unseen")      # that is asked alone
     add("--data", help=f"{corpora}, or a .jsonl file (default: toy's, or kgfact-small)")
     add("--hub", metavar="DIR", help="simpleqa: a folder with the data set under its hub id")
@@ -1264,7 +1271,7 @@ def parse_args(argv=None):
         "prompts, to every batch")
     add("--replay-share", type=number(float, 0, 0.9, above=True),
         help="their share of its examples (default 0.25)")
-    add("--max-new-tokens", type=count, help="longest target, rollout or answer, in tokens")
+    add("--max-new-tokens", type=count, help="longest decoded target, rollout or answer, in tokens")
     add("--epochs", type=count, help="passes over the targets")
     add("--steps", type=count, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=count, help="facts in an optimizer step (default 16)")
@@ -1280,7 +1287,7 @@ def parse_args(argv=None):
         help="keep less between forward and backward, and compute it again: for long targets")
     add("--compile", action="store_true",
         help="decode by a compiled step, one CUDA graph a shape: a GPU waits less, the first batches longer")
-    add("--limit", type=count, help="only the corpus's first N facts")
+    add("--limit", type=count, help="only the corpus's first N facts, and as many questions of each split")
     add("--out", metavar="DIR", help="the run's folder (default: runs/MODEL-DATA-METHOD...); is resumed")
     add("--quiet", action="store_true", help="no progress bars")
     return refuse_empty(p.parse_args(argv))
@@ -1297,6 +1304,7 @@ def refuse_empty(given):
 def resolve(given):
     """(args, origin): every flag settled, and {flag: where from}.  Raises InputError where flags clash."""
     args, origin = argparse.Namespace(**vars(given)), {}
+    args.model = args.model or "toy"
     args.data = args.data or ("toy" if args.model == "toy" else "kgfact-small")
     if args.model == "toy" and kg_data.find_corpus(args.data)[0] not in ("toy", "own file"):
         raise InputError(f"--data {args.data}: the toy's vocabulary is too small for it (--model)")
@@ -1306,7 +1314,7 @@ def resolve(given):
         tables = {"sentence style": {"max_new_tokens": 48, "verify": "phrase"}} | tables
     if given.steps and given.epochs:
         raise InputError("--epochs is not used with --steps")
-    rival = {"steps": given.epochs, "epochs": given.steps}
+    rival = {"steps": given.epochs, "epochs": given.steps}  # one that is given keeps the other's default away
     for flag, value in vars(given).items():
         origin[flag] = "derived" if value is None else "flag"
         for name, table in tables.items():
@@ -1319,10 +1327,10 @@ def resolve(given):
     for flag, why in unused_flags(args).items():
         if getattr(given, flag) is not None and getattr(given, flag) is not False:
             raise InputError(f"--{flag.replace('_', '-')} is not used {why}")
-        if flag in METHOD_FLAGS:
+        if flag in METHOD_FLAGS + TRAIN_FLAGS:
             setattr(args, flag, None)
-    if args.method == "mixsd":
-        args.attempts = args.attempts or 1
+    if args.method == "mixsd" and not args.attempts:
+        args.attempts, origin["attempts"] = 1, "derived"
     if args.style == "sentence" and kind not in kg_data.STYLED:
         raise InputError(f"--style sentence is not for {kind}, which has one way to answer")
     if args.hub and args.data != "simpleqa":
@@ -1426,16 +1434,15 @@ def run(given):
     stops = stop_ids(base, tokenizer)
     pairs = [two_contexts(tokenizer, r, expert_words(args)) for r in records]
     room = check_corpus(records, pairs, tokenizer, base, given, args)
-    taught, given_targets = taught_ids(records, args), None
+    taught, targets, draws = taught_ids(records, args), None, []
     old = read_examples(args.replay, base, tokenizer, stops) if args.replay else []
     if args.targets:
-        given_targets = read_targets(args.targets, records, pairs, base, tokenizer, stops, args)
+        targets = read_targets(args.targets, records, pairs, base, tokenizer, stops, args)
     lock = only_run(folder) if ranks()[0] == 0 else None    # noqa: F841  (held until this function ends)
     from_first(start_run, folder, args, origin)
     args.max_new_tokens = min(args.max_new_tokens, room)
 
-    targets, draws = given_targets, []
-    if given_targets:
+    if targets:
         lines = [json.dumps(t, ensure_ascii=False) + "\n" for t in targets]
         from_first(write_atomically, folder / "targets.jsonl", "".join(lines).encode())
     elif args.method not in OPSD:
@@ -1449,10 +1456,11 @@ def run(given):
     before = cached(folder / "state" / "base.json", memorization, base, tokenizer, tasks, stops, args, kept)
 
     alone = ranks()[1] == 1
-    student, guide = load_model(path, torch.float32, args.device if alone else "cpu"), None
-    if args.method in OPSD or args.kl_to_base:
-        guide, base = base, copy.deepcopy(base)
-    plain = student if alone and dtype == torch.float32 else base       # what decodes as the student
+    student = load_model(path, torch.float32, args.device if alone else "cpu")
+    guide = base if args.method in OPSD or args.kl_to_base else None
+    plain = student                                                     # what decodes as the student
+    if not alone or dtype != torch.float32:
+        plain = copy.deepcopy(base) if guide else base
     work = plain if alone else shard(student, dtype, args.device)       # what computes its gradient
     del base                                                            # freed, if it is neither
     if args.gradient_checkpointing:
@@ -1569,7 +1577,7 @@ def print_table(metrics):
     tasks = list(metrics["tuned"])
     print(" " * 8 + "".join(f"{task:>20}" for task in tasks))
     for name, row in (("base", metrics["base"]), (metrics["method"], metrics["tuned"])):
-        cells = [row[task] if task in row else None for task in tasks]
+        cells = [row.get(task) for task in tasks]
         print(f"{name:8}" + "".join(f"{c['accuracy']:.2f} [{c['low']:.2f}, {c['high']:.2f}]".rjust(20) if c
                                     else " " * 20 for c in cells))
     if metrics["retention"] is not None:

@@ -563,7 +563,7 @@ def test_mquake_teaches_whole_cases_in_turn_over_relations(tmp_path):
     (lambda c: c["new_single_hops"][0].update(answer=5), "is no text"),
     (lambda c: c.update(new_answer=None), "is no text"),
     (lambda c: c.update(orig=[]), "case 2: not of MQuAKE's schema"),
-    (lambda c: c.update(case("made", ("A", "Z"))), "case 2: 'Who made A?' has the answer 'Z' here and 'B' in"),
+    (lambda c: c.update(case("made", ("A", "Z"))), "'Who made A?' has the answer 'Z' here and 'B' in"),
 ])
 def test_a_mquake_file_of_another_schema_or_with_contradictions_is_refused(tmp_path, spoil, says):
     cases = [case("made", ("A", "B")), case("ruled", ("C", "D"))]
@@ -1218,10 +1218,12 @@ def test_the_bench_gives_a_folder_without_weights_random_ones(toy, tmp_path, cap
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (toy / name).exists():
             shutil.copy(toy / name, tmp_path)
-    assert measure("--bench", "decode", "--model", "toy", "--batch-size", 1, capsys=capsys)["dtype"] == "float32"
+    alone = measure("--bench", "decode", "--model", "toy", "--batch-size", 1, capsys=capsys)
+    assert alone["dtype"] == "float32"
     command = f"--bench decode --model {tmp_path} --dtype bfloat16 --batch-size 2 --max-new-tokens 3 --quiet"
     assert evaluation.main(command.split()) == 0
-    assert "not used here" in measure("--bench", "train", "--model", toy, "--samples", 3, code=2, capsys=capsys)
+    error = measure("--bench", "train", "--model", toy, "--samples", 3, code=2, capsys=capsys)
+    assert "not used here" in error
     assert "no task x for --bench" in measure("--bench", "x", "--model", toy, code=2, capsys=capsys)
 
 
@@ -1253,7 +1255,8 @@ def test_two_ranks_make_the_same_targets_losses_and_weights_as_one(toy, tmp_path
     assert done.returncode == 0, done.stderr
     same_runs(tmp_path / "one", tmp_path / "two")
     metrics = json.loads(done.stdout.splitlines()[-1])
-    assert all(metrics[k] == alone[k] for k in ("tuned", "base", "tokens")) and done.stdout.count('"tuned"') == 1
+    assert all(metrics[k] == alone[k] for k in ("tuned", "base", "tokens"))
+    assert done.stdout.count('"tuned"') == 1
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
     assert tuned.config.architectures == ["Qwen3ForCausalLM"] and tuned.dtype == torch.float32
 
@@ -1322,13 +1325,15 @@ def test_recomputed_layers_give_the_same_gradient_and_keep_less(model):
 
 def test_a_second_run_on_the_same_folder_is_refused(toy, tmp_path, capsys):
     lock = mixsd.only_run(tmp_path)
-    assert "another run is at work there" in run(f"--method sft --limit 2 --steps 1 --out {tmp_path}", capsys, code=2)
+    error = run(f"--method sft --limit 2 --steps 1 --out {tmp_path}", capsys, code=2)
+    assert "another run is at work there" in error
     lock.close()
     run(f"--method sft --limit 2 --steps 1 --out {tmp_path}")
 
 
 def test_replay_adds_the_bases_own_answers_to_every_batch(toy, tmp_path, capsys):
-    assert len(mixsd.with_replay([1] * 16, [2], 0.2, 0, 1)) == 20 and mixsd.with_replay([1], [], 0, 0, 1) == [1]
+    assert len(mixsd.with_replay([1] * 16, [2], 0.2, 0, 1)) == 20
+    assert mixsd.with_replay([1], [], 0, 0, 1) == [1]
     assert 180 < sum(len(mixsd.with_replay([1], [2], 0.5, 0, s)) for s in range(100)) < 220
     draws = [mixsd.with_replay([0] * 12, list(range(1, 99)), 0.25, seed, step)[12:]
              for seed, step in ((0, 1), (0, 1), (0, 2), (1, 1))]
@@ -1487,7 +1492,8 @@ def test_the_kind_of_an_error_is_the_first_that_fits(text, extracted, kind):
 
 def test_prompts_are_the_papers():
     assert evaluation.math_prompt({"question": "1+1?"}) == (
-        "Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.:\n1+1?\n\n"
+        "Think step-by-step to solve the following problem. Output your answer inside of \\boxed{} tags.:\n"
+        "1+1?\n\n"
         "Let's think step-by-step"
     )
     assert evaluation.code_prompt({"prompt": "def f():\n    ''\n"}) == (
@@ -1497,7 +1503,8 @@ def test_prompts_are_the_papers():
     )
     block = evaluation.mmlu_block({"question": "Q?", "choices": ["w", "x", "y", "z"]}, r" \boxed{B}")
     assert evaluation.mmlu_prompt({"subject": "us_law", "blocks": [block, block]}) == (
-        "The following are multiple choice questions (with answers) about us law. Put your final answer inside "
+        "The following are multiple choice questions (with answers) about us law. "
+        "Put your final answer inside "
         "\\boxed{} as one of "
         "A, B, C, or D.\n\n" + "\n\n".join(2 * ["Q?\nA. w\nB. x\nC. y\nD. z\nAnswer: \\boxed{B}"])
     )
@@ -1579,7 +1586,8 @@ def find():
     while frame:
         texts.append(repr({**frame.f_globals, **frame.f_locals}).encode())
         frame = frame.f_back
-    for path in [f for d in "/proc/[0-9]*/cmdline /proc/[0-9]*/environ ./* ../*/*".split() for f in glob.glob(d)]:
+    places = "/proc/[0-9]*/cmdline /proc/[0-9]*/environ ./* ../*/*".split()
+    for path in [f for place in places for f in glob.glob(place)]:
         try:
             texts.append(open(path, "rb").read(10**6))
         except OSError:
@@ -2428,5 +2436,6 @@ def test_the_report_does_not_average_runs_that_differ_in_more_than_the_seed(tmp_
     settings["seed"], settings["only"], settings["only_sha256"] = 3, "runs/a/targets.jsonl", "f00"
     (tmp_path / "c" / "args.json").write_text(json.dumps(settings))
     assert evaluation.labels_of([tmp_path / "c", tmp_path / "c"], [runs[0]] * 2) == ["mixsd"] * 2
-    assert evaluation.labels_of([tmp_path / "a", tmp_path / "c"], runs[1:])[1] == "mixsd --temperature 1 --only"
+    labels = evaluation.labels_of([tmp_path / "a", tmp_path / "c"], runs[1:])
+    assert labels[1] == "mixsd --temperature 1 --only"
     assert evaluation.labels_of([tmp_path / name for name in "ab"], runs[:2]) == ["mixsd"] * 2
