@@ -733,10 +733,12 @@ def fisher_runs(args):
         runs[run] = alignment(fisher, base, tensor_of(run, base)) | {
             "base": args.base, "tasks": args.fisher_tasks, "n": args.fisher_n, "responses": "greedy"}
         write_json(Path(run) / "fisher.json", runs[run])
-        print(f"{run}: R {runs[run]['R']}, ||d||^2 {runs[run]['squared_distance']:.4g}, "
-              f"drop {read[run]['drop']}, drift {read[run]['drift']}")
+        found = read[run] | runs[run]
+        print(f"{run}:", ", ".join(f"{key} {mean_and_spread([found[key]], 3)}"
+                                   for key in ("R", "squared_distance", "drop", "drift")))
     r = {f"{loss}_{key}": correlation([(read[run][loss], runs[run][key]) for run in runs])
          for loss in ("drop", "drift") for key in ("R", "squared_distance", "fisher_distance")}
+    print("Pearson's r:", ", ".join(f"{pair} {mean_and_spread([value])}" for pair, value in r.items()))
     return {"runs": runs, "correlation": r, "peak_gib": mixsd.peak_gib()}
 
 
