@@ -565,7 +565,8 @@ def evaluate(args):
     each = {t: of_task(t, items[t], subject, args) for t in args.tasks}
     if "humaneval" in args.tasks:
         print(f"humaneval: {protections()}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
+    lock = mixsd.only_run(args.out)                         # noqa: F841  (held to the end)
+    ledger |= read_json(args.out, "eval.json")              # another may have added to it until now
     write_json(args.out / "eval.json", ledger)              # the settings
     for t in args.tasks:
         start, task, path = time.time(), TASKS[t], args.out / f"{t}.jsonl"

@@ -1938,10 +1938,14 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_rows(toy_run, tmp_pa
     )
     first = (tmp_path / "cut" / "recall.jsonl").read_text()
     assert len(first.splitlines()) == 14
+    with mixsd.only_run(tmp_path / "cut"):                  # two at once would both write their rows
+        error = measure(*SAMPLED, "--model", toy_run / "model", "--out", tmp_path / "cut", code=2, capsys=capsys)
+        assert "another run is at work there" in error
     (tmp_path / "cut" / "recall.jsonl").write_text(first + '{"id": 3, "samp')
-    watched = lambda subject, task, todo, args: (asked.extend(todo), answers(subject, task, todo, args))[
-        1
-    ]  # noqa: E731
+
+    def watched(subject, task, todo, args):
+        asked.extend(todo)
+        return answers(subject, task, todo, args)
     monkeypatch.setitem(evaluation.TASKS, "recall", evaluation.TASKS["recall"]._replace(answer=watched))
     monkeypatch.setattr(evaluation, "generated", watched)
     resumed = measure(*SAMPLED, "--model", toy_run / "model", "--out", tmp_path / "cut", capsys=capsys)
