@@ -1064,7 +1064,7 @@ def frontier(groups, base_recall, held_out, path):
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), dpi=150)
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), dpi=120)
     drifted = any(run.get("drift") is not None for group in groups.values() for run in group)
     x = "drift" if drifted else "retention"
     lines, colors = {}, "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
@@ -1080,8 +1080,8 @@ def frontier(groups, base_recall, held_out, path):
         elif not method.startswith("mixsd"):
             color, mark = next(looks)
         else:
-            color, mark = plt.cm.viridis_r(rho), "o"
             lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
+            color, mark = plt.cm.viridis_r(rho), "odhp"[(len(lines) - 1) % 4]
         settings = [f", {name} = {x:g}" for name, x in zip(("ρ", "lr"), (rho, *lr)) if x is not None]
         axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
                      alpha=0.9, edgecolors="white", label=method + "".join(settings))
@@ -1101,9 +1101,8 @@ def frontier(groups, base_recall, held_out, path):
         axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))   # beside all marks
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 
