@@ -680,7 +680,7 @@ def test_toy_end_to_end(toy, tmp_path, capsys):
     assert mix["tokens"]["trained"] == 50 * sum(len(r["target_ids"]) for r in rows)
 
 
-SHORT = "--limit 24 --epochs 6 --decode-tokens 600"
+SHORT = "--limit 24 --epochs 6 --decode-tokens 2400"
 
 
 @pytest.fixture(scope="module")
@@ -793,7 +793,7 @@ def test_targets_do_not_depend_on_the_budget_or_on_other_retries(uninterrupted, 
 
 
 def test_a_run_stopped_after_its_targets_goes_on_with_any_training_flags(uninterrupted, tmp_path):
-    run(f"--limit 24 --decode-tokens 600 --targets-only --out {tmp_path}/run")
+    run(f"--limit 24 --decode-tokens 2400 --targets-only --out {tmp_path}/run")
     run(f"{SHORT} --out {tmp_path}/run")
     assert same_run(uninterrupted, tmp_path / "run")
 
