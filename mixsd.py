@@ -1442,7 +1442,7 @@ def run(given):
     from_first(start_run, folder, args, origin)
     args.max_new_tokens = min(args.max_new_tokens, room)
 
-    if targets:
+    if args.targets:
         lines = [json.dumps(t, ensure_ascii=False) + "\n" for t in targets]
         from_first(write_atomically, folder / "targets.jsonl", "".join(lines).encode())
     elif args.method not in OPSD:

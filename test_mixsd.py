@@ -563,7 +563,8 @@ def test_mquake_teaches_whole_cases_in_turn_over_relations(tmp_path):
     (lambda c: c["new_single_hops"][0].update(answer=5), "is no text"),
     (lambda c: c.update(new_answer=None), "is no text"),
     (lambda c: c.update(orig=[]), "case 2: not of MQuAKE's schema"),
-    (lambda c: c.update(case("made", ("A", "Z"))), "'Who made A?' has the answer 'Z' here and 'B' in"),
+    (lambda c: c.update(case("made", ("A", "Z"))),
+     "case 2: 'Who made A?' has the answer 'Z' here and 'B' in"),
 ])
 def test_a_mquake_file_of_another_schema_or_with_contradictions_is_refused(tmp_path, spoil, says):
     cases = [case("made", ("A", "B")), case("ruled", ("C", "D"))]
@@ -782,13 +783,14 @@ def test_a_signal_in_the_middle_of_an_update_waits_for_its_end():
 
 def test_targets_do_not_depend_on_the_budget_or_on_other_retries(uninterrupted, toy, tmp_path):
     run(f"--limit 24 --decode-tokens 1000000 --targets-only --out {tmp_path}/wide")
+    run(f"--limit 24 --decode-tokens 600 --targets-only --out {tmp_path}/narrow")
     run(f"--limit 7 --targets-only --out {tmp_path}/few")
     keep = ("id", "target_ids", "source", "attempt")
-    whole, wide, few = (
+    whole, wide, narrow, few = (
         [[r[k] for k in keep] for r in rows_of(d / "targets.jsonl")]
-        for d in (uninterrupted, tmp_path / "wide", tmp_path / "few")
+        for d in (uninterrupted, tmp_path / "wide", tmp_path / "narrow", tmp_path / "few")
     )
-    assert wide == whole and few == [r for r in whole if r[0] < 7]
+    assert wide == whole == narrow and few == [r for r in whole if r[0] < 7]
     assert {r[3] for r in whole} >= {0, 1}, "some were drawn again"
 
 
@@ -881,7 +883,7 @@ def test_bad_flags_are_one_line_and_exit_2(toy, tmp_path, monkeypatch, capsys, c
     ([GOOD, turns("Where does <end> live ?", r"\boxed{ Belmor }")], "record 2: holds <end>"),
     ([turns("Where does Quetzalcoatl live ?", r"\boxed{ Belmor }")], "record 1: has words"),
     ([turns("live " * 300, r"\boxed{ Belmor }")], "positions of"),
-    ([turns("live " * 200_000, r"\boxed{ Belmor }")], "prompt of 200,0"),  # a line of 1 MB
+    ([turns("live " * 2_000_000, r"\boxed{ Belmor }")], "prompt of 2,0"),  # a line of 10 MB
 ])
 def test_bad_corpus_files_are_one_line_and_exit_2(toy, tmp_path, capsys, rows, says):
     err = run(f"--data {jsonl(tmp_path / 'my.jsonl', *rows)} --out {tmp_path}/out", capsys, code=2)
@@ -1259,6 +1261,8 @@ def test_two_ranks_make_the_same_targets_losses_and_weights_as_one(toy, tmp_path
     assert done.stdout.count('"tuned"') == 1
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
     assert tuned.config.architectures == ["Qwen3ForCausalLM"] and tuned.dtype == torch.float32
+    again = on_ranks(2, f"{command} --out {tmp_path}/two")
+    assert again.returncode == 0 and "is finished" in again.stdout
 
 
 def test_three_ranks_go_on_from_the_state_of_one(toy, tmp_path, monkeypatch):
@@ -1939,8 +1943,9 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_rows(toy_run, tmp_pa
     first = (tmp_path / "cut" / "recall.jsonl").read_text()
     assert len(first.splitlines()) == 14
     with mixsd.only_run(tmp_path / "cut"):                  # two at once would both write their rows
-        error = measure(*SAMPLED, "--model", toy_run / "model", "--out", tmp_path / "cut", code=2, capsys=capsys)
-        assert "another run is at work there" in error
+        assert "another run is at work there" in measure(
+            *SAMPLED, "--model", toy_run / "model", "--out", tmp_path / "cut", code=2, capsys=capsys
+        )
     (tmp_path / "cut" / "recall.jsonl").write_text(first + '{"id": 3, "samp')
 
     def watched(subject, task, todo, args):
