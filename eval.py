@@ -1,41 +1,48 @@
-"""Measure a model: what was learned, what was forgotten, and why (MixSD, arXiv 2605.16865).
+"""Measure what a model learned and what it forgot, and find out why (MixSD, arXiv 2605.16865).
 
-    python eval.py --tasks recall,paraphrase --model RUN/model                # what was learned
+    python eval.py --tasks recall,paraphrase --model RUN/model                # what the model learned
     python eval.py --tasks gsm8k,math500,aime24,humaneval,mmlu --model RUN/model --base BASE_OUT \\
-                   --allow-code-execution                                     # what was forgotten
-    python eval.py --nll RUN/targets.jsonl ... --model BASE                   # why: what surprises the base
-    python eval.py --fisher RUN ... --base BASE --fisher-tasks gsm8k,mmlu     # why: along what it moved
-    python eval.py --report RUN ...                                           # a table, and frontier.png
-    python eval.py --bench --model BASE                                       # how fast
+                   --allow-code-execution                                     # what the model forgot
+    python eval.py --nll RUN/targets.jsonl ... --model BASE                   # how targets surprise the base
+    python eval.py --fisher RUN ... --base BASE --fisher-tasks gsm8k,mmlu     # in which directions it moved
+    python eval.py --report RUN ...                                           # one table, and frontier.png
+    python eval.py --bench --model BASE                                       # how fast the code is
 
-A model is a Hugging Face folder, a hub id, or `toy`.  Prompts go through its chat template, thinking off, and
-mixsd.py's `decode` with one context answers them.  Every task is a row of the table TASKS.
+A model is a Hugging Face folder, a hub id, or `toy`. Each prompt goes through the chat template of the model,
+with thinking turned off, and mixsd.py's `decode` writes the answer with one context. Each task is one row of
+the table TASKS.
 
-Accuracy is the mean over problems (with several samples, of each problem's mean); its 95 % interval is
-Wilson's with the problem as the unit, conservative where a problem has several samples.  Extraction is
-strict: the last balanced \\boxed{}, or the last fenced block that defines the function; nothing else is an
-answer.  A wrong completion is, first match:  format (no answer in it)  leakage (names whom the run was taught
-about, or a KGFact entity it was taught, and the prompt does not)  collapse (under 80 characters besides the
-box)  genuine.  A score over a --limit subset is labelled partial.
+Accuracy is the mean over problems; the value of a problem with several samples is the mean over its samples.
+The 95 % interval is Wilson's, with one observation per problem. The answer in a completion is its last
+balanced \\boxed{}, or its last fenced code block that defines the function; nothing else counts as an answer.
+A wrong completion has the first of these kinds that applies:
 
-OUT (default: RUN for RUN/model, else runs/eval-MODEL) gets TASK.jsonl, a line a completion as it is made,
-from which a killed evaluation goes on, and eval.json, in metrics.json's form:
+    format      it contains no answer
+    leakage     it names a taught subject or a taught KGFact entity that the prompt does not name
+    collapse    it has fewer than 80 characters besides the box
+    genuine     it is wrong for another reason
 
-    model, settings         what was measured, and how; other settings on the same OUT are refused
+OUT (default: RUN for RUN/model, otherwise runs/eval-MODEL) holds TASK.jsonl, which grows by one line per
+completion, and eval.json. A killed evaluation continues from these files. eval.json holds:
+
+    model, settings         what was measured, and how; OUT refuses results with other settings
     tasks {task: score}     accuracy, n (problems), low, high, samples, no_answer (share), errors {kind: n};
-                            or nll (nats/token), tokens, n (drift: also base_nll, and rise, the difference,
-                            with its 95 % interval low, high, the question as the unit);
-                            and partial (true: a subset), of (the whole set's size), version (the task's)
-    average, average_of     mean accuracy of those of the five benchmarks measured, or of arc_easy, held_out
-    base, base_average      the tasks of --base OUT, and the same mean there
-    retention               average / base_average
-    seconds, peak_gib       of all sessions; of the last
+                            or nll (nats/token), tokens, n. The task drift also has base_nll, and rise, the
+                            difference, with its 95 % interval low, high. Every score has "of" (how many
+                            problems can be asked), "partial" (whether n is less), "version" (of the task)
+    average, average_of     the mean accuracy, and its tasks: those of the paper's five benchmarks that were
+                            measured, or if there are none, those of arc_easy and held_out
+    base_out                the --base folder, where the base was measured
+    base, base_average      the scores of the base, and their average over the same tasks
+    retention               average / base_average; retention_interval is its 95 % interval
+    seconds, peak_gib       the seconds of all sessions, the peak memory of the last session
 
-What the HumanEval sandbox does not protect against: holes in the kernel; reading any file that its user may
-read (uid 65534 when started as root, else you, solutions in a data set's cache included); a disk or a memory
-filled by many files or processes that each keep within their limit; and where the kernel refuses namespaces:
-use of the network, a look at other processes of the same user in /proc, and a program that leaves its process
-group to stay behind.  The data set's own tests are trusted.  For a model you distrust, use a container too.
+The HumanEval sandbox does not protect against:
+- holes in the kernel;
+- reading files that its user may read: user 65534 if you start as root, otherwise you;
+- filling the disk or the memory with many files or processes that each keep within their limit;
+- if the kernel refuses namespaces: the network, a look at the user's other processes, staying behind.
+It trusts the tests of the data set. If you distrust a model, use a container as well.
 """
 import argparse
 import contextlib
@@ -44,8 +51,10 @@ import ctypes
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -62,10 +71,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import kg_data
 import mixsd
@@ -73,8 +79,8 @@ from kg_data import InputError, boxed, hub_rows
 from mixsd import RunError, read_json, write_json
 
 FIVE = ["gsm8k", "math500", "aime24", "humaneval", "mmlu"]              # the paper's held-out benchmarks
-SMALL = ["arc_easy", "held_out"]                                        # what small models are judged on
-IN_DOMAIN = {                                                           # task: (corpus, or the run's; split)
+SMALL = ["arc_easy", "held_out"]                                        # held-out tasks for small models
+IN_DOMAIN = {               # task: (its corpus, None for the corpus of the run; the split that is asked)
     "recall": (None, "train"), "paraphrase": (None, "paraphrase"), "retrieval": (None, "retrieval"),
     "retrieval-unseen": (None, "retrieval-unseen"), "two-hop": (None, "two-hop"),
     "multi-hop": (None, "multi-hop"), "held_out": ("toy", "held_out"), "kgfunc-test": ("kgfunc", "test"),
@@ -82,18 +88,20 @@ IN_DOMAIN = {                                                           # task: 
 
 
 # ------------------------------------------------------------------------------------------------- verdicts
+# A judge is called with a completion and an item (see `Task`). It returns (whether the completion is correct,
+# the answer that it found in the completion, or None).
 
 def undress(answer):
-    r"""`answer` without \text{}, bold, $, % and LaTeX spaces; {,} is a comma."""
+    r"""`answer` without \text{}, bold, $, % and LaTeX spaces; {,} becomes a comma."""
     words = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", answer.replace("{,}", ","))
     return re.sub(r"\\?[$%€£]|\\[,!;: ]|\*\*", "", words).strip()
 
 
 def numeric(answer):
-    """The value of an answer that is one number, as a Fraction, else None.
+    """The value of an answer that is one number, as a Fraction; otherwise None.
 
-    Currency, percent, thousands' commas, a full stop and a unit after a space are let by; two numbers, a sum,
-    a mixed fraction and words of scale (5 million) are not.
+    The number may have a currency sign, a percent sign, commas between thousands, a full stop at the end, and
+    a unit after a space. Two numbers, a sum, a mixed fraction, and "5 million" are not one number.
     """
     fraction, digits = r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
     scale = r".*\b(?:and|or|to|half|dozen|hundred|thousand|million|billion)\b"
@@ -108,21 +116,21 @@ def numeric(answer):
 
 
 def judge_number(text, item):
-    """(correct, extracted): the box against the gold as numbers (GSM8K)."""
+    """Compare the box with the gold answer as numbers (GSM8K)."""
     answer = boxed(text)
     value = None if answer is None else numeric(answer)
     return (False, None) if value is None else (value == numeric(item["gold"]), answer)
 
 
 def judge_letter(text, item):
-    r"""(correct, extracted): the choice in the box, as C, (C), \text{(C)}, or C. and its words (MMLU)."""
+    r"""Compare the choice in the box, written as C, (C), \text{(C)}, or C. with its words (MMLU)."""
     found = re.fullmatch(r"\(?([A-D])(?:[).:].*)?", undress(boxed(text) or ""), re.S | re.I)
     letter = found and found.group(1).upper()
     return letter == item["gold"], letter
 
 
 def judge_math(text, item):
-    """(correct, extracted): the box against the gold by math-verify, gold first (MATH-500, AIME)."""
+    """Compare the box with the gold answer by the package math-verify (MATH-500, AIME)."""
     from math_verify import parse, verify
     answer, gold = boxed(text), item["gold"]
     if answer is None or kg_data.fold(answer) == kg_data.fold(gold):
@@ -131,7 +139,7 @@ def judge_math(text, item):
 
 
 def judge_code(text, item):
-    """(correct, extracted): the last fenced block that defines the function, or the last, as tested."""
+    """Test the last fenced block that defines the function; if no block does, the last block."""
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", text, re.S | re.I)
     defining = [b for b in blocks if re.search(rf"\bdef\s+{item['entry_point']}\b", b)]
     code = (defining or blocks or [None])[-1]
@@ -139,13 +147,13 @@ def judge_code(text, item):
 
 
 def judge_in_domain(text, item):
-    """(correct, extracted): mixsd.py's own verifier."""
+    """Judge by the verifier with which mixsd.py makes targets."""
     answer = kg_data.extract(text, item["verify"])
     return kg_data.is_correct(text, item["gold"], item["verify"]), answer
 
 
 def error_kind(text, prompt, extracted, entities):
-    """Why a wrong completion is wrong: the first that fits (see the top of this file)."""
+    """The kind of a wrong completion: the first that applies, see the top of this file."""
     if extracted is None:
         return "format"
     if any(kg_data.names(text, e) and not kg_data.names(prompt, e) for e in entities):
@@ -158,21 +166,21 @@ def error_kind(text, prompt, extracted, entities):
 
 WALL_SECONDS = 10
 LIMITS = {"RLIMIT_CPU": WALL_SECONDS, "RLIMIT_AS": 2 * 2**30, "RLIMIT_FSIZE": 2**20, "RLIMIT_NOFILE": 64,
-          "RLIMIT_CORE": 0, "RLIMIT_NPROC": 32}     # of a process; NPROC: its user's, beyond today's
+          "RLIMIT_CORE": 0, "RLIMIT_NPROC": 32}     # per process; NPROC: new processes of its user
 NAMESPACES = 0x70000000                             # CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
 
 
 def harness():
-    """What `python -I` runs for one program; its source is sent, not this module.  Three processes:
+    """The source of this function is the script that `python -I` runs for one program, in three processes.
 
-    a supervisor gives up its rights, sets limits, opens namespaces, and waits;
-    a checker, first in the pid namespace, whose end is the end of all in it, runs the checks, prints a token;
-    a worker, forked before the token was read, runs the program and answers calls, a line of literals each.
-    Nothing that the program patches, prints, raises or returns reaches the checks: they compare plain values
-    in a process whose memory and pipes are closed to the worker (PR_SET_DUMPABLE).
+    The supervisor gives up its rights, sets limits, opens namespaces, and waits. The checker, the first
+    process of the pid namespace (all others end with it), runs the checks and prints the token. The worker,
+    forked before the checker reads the token, runs the program and answers each call with Python literals.
+    What the program patches, prints, raises or returns can't change the checks: they compare plain values in
+    the checker, and the worker can't open the memory or the pipes of the checker (PR_SET_DUMPABLE).
     """
     import os, sys                                                                      # noqa: E401
-    if os.getuid() == 0:                        # its Python may lie where others can't look: hold it open
+    if os.getuid() == 0:                        # Python's folder may be closed to other users: open it now
         sys.path[:] = [f"/proc/self/fd/{os.open(p, os.O_RDONLY)}" for p in sys.path if os.path.isdir(p)]
         sys.modules["encodings"].__path__ = [f"{p}/encodings" for p in sys.path]
     import ast, contextlib, ctypes, glob, json, resource                                # noqa: E401
@@ -183,13 +191,13 @@ def harness():
         os.setuid(65534)
     uid, busy = os.getuid(), 0
     for task in glob.glob("/proc/[0-9]*/task/*"):
-        with contextlib.suppress(OSError):      # it may have ended
+        with contextlib.suppress(OSError):      # the process may have ended
             busy += os.stat(task).st_uid == uid
     libc.prctl(4, 0, 0, 0, 0)                   # PR_SET_DUMPABLE
     libc.prctl(38, 1, 0, 0, 0)                  # PR_SET_NO_NEW_PRIVS
-    libc.prctl(1, 9, 0, 0, 0)                   # PR_SET_PDEATHSIG: ends when eval.py does
+    libc.prctl(1, 9, 0, 0, 0)                   # PR_SET_PDEATHSIG: end when eval.py ends
     namespaces = libc.unshare(apart) == 0
-    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())     # no rights in those either
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())     # no rights in them
     for name, limit in (limits | {"RLIMIT_NPROC": limits["RLIMIT_NPROC"] + busy}).items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
     print(json.dumps({"uid": uid, "namespaces": namespaces}), flush=True)
@@ -220,25 +228,25 @@ def harness():
 
     def candidate(*args):
         print(ascii(args), file=calls, flush=True)
-        return ast.literal_eval(replies.readline())         # nothing where the worker has ended: SyntaxError
+        return ast.literal_eval(replies.readline())         # SyntaxError if the worker has ended
     print(ascii((job["prompt"] + job["code"], job["name"])), file=calls, flush=True)
-    exec(job["prompt"] + "\n" + job["test"], space := {})   # the prompt's helpers, not the model's
+    exec(job["prompt"] + "\n" + job["test"], space := {})   # helpers from the prompt, not from the model
     space[job["name"]] = candidate                          # a test may call the function by its name
     space["check"](candidate)
     print(job["token"])
 
 
 def run_program(item, code):
-    """(passed, report): whether the prompt's program, completed by `code`, passes its checks (see `harness`).
+    """(passed, report): whether the program of the prompt, completed by `code`, passes its checks.
 
-    item    with "prompt", "test", "entry_point" of a HumanEval row
-    report  {"uid", "namespaces"} that it ran under; None where it was stopped
+    item    has "prompt", "test" and "entry_point" of a row of HumanEval
+    report  {"uid", "namespaces"} of the program; None if it was stopped
     """
     job = {"prompt": item["prompt"], "code": code, "test": item["test"], "name": item["entry_point"],
            "token": secrets.token_hex(16)}
-    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)                  # PR_SET_DUMPABLE: the token is in our memory too
+    ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)                  # PR_SET_DUMPABLE: this memory holds the token too
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        os.chmod(folder, 0o777)                             # root's programs have another user
+        os.chmod(folder, 0o777)                             # if root starts it, the program has another user
         program = inspect.getsource(harness) + "harness()"
         process = subprocess.Popen([sys.executable, "-I", "-c", program, json.dumps([LIMITS, NAMESPACES])],
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -249,14 +257,14 @@ def run_program(item, code):
             said = []
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)      # also what a finished program left in its group
+                os.killpg(process.pid, signal.SIGKILL)      # and what a finished program left in its group
             process.wait()
     return said[1:] == [job["token"]], json.loads(said[0]) if said else None
 
 
 @functools.cache
 def protections():
-    """One line on what holds model-written code here.  Raises RunError where a right program fails."""
+    """One line that says which limits are in force here. Raises RunError if a right program fails."""
     checks = "def check(f):\n    assert f(2) == 4\n"
     item = {"prompt": "def f(x):\n    ''\n", "test": checks, "entry_point": "f"}
     passed, report = run_program(item, "    return 2 * x\n")
@@ -265,8 +273,8 @@ def protections():
     apart = ("user, network and pid namespaces of its own" if report["namespaces"] else
              "NO namespaces, which the kernel refuses: the network is open")
     return (f"each program as uid {report['uid']}, in an empty folder, with an empty environment; {apart}; "
-            f"at most {WALL_SECONDS} s, {LIMITS['RLIMIT_AS'] >> 30} GiB a process, "
-            f"{LIMITS['RLIMIT_FSIZE'] >> 20} MiB a file, {LIMITS['RLIMIT_NPROC']} processes, "
+            f"at most {WALL_SECONDS} s, {LIMITS['RLIMIT_AS'] >> 30} GiB per process, "
+            f"{LIMITS['RLIMIT_FSIZE'] >> 20} MiB per file, {LIMITS['RLIMIT_NPROC']} processes, "
             f"{LIMITS['RLIMIT_NOFILE']} open files")
 
 
@@ -276,26 +284,28 @@ PLAIN = argparse.Namespace(hub=None, seed=0, data="kgfact-small", style="boxed",
 
 
 def subset(items, limit, seed):
-    """`limit` of the items at random, in order, with "id", their position, and "of", how many there are."""
+    """`limit` random items in their order, each with "id", its position, and "of", the number of items."""
     order = list(range(len(items)))
     random.Random(f"subset seed {seed}").shuffle(order)
     return [items[i] | {"id": i, "of": len(items)} for i in sorted(order[:limit])]
 
 
-def from_hub(name, config, split, columns, item_of):
-    """A Task's load: item_of(row) of a data set's rows, of which it reads `columns`."""
-    return lambda limit, args=PLAIN: subset(
-        [item_of(row) for row in hub_rows(name, config, split, columns.split(), args.hub)], limit, args.seed)
+def from_hub(name, config, split, columns, item_of, first=None):
+    """A Task's `load`: item_of(row) for the rows, or the `first` rows, of a data set with these columns."""
+    def load(limit, args=PLAIN):
+        rows = hub_rows(name, config, split, columns.split(), args.hub)
+        return subset([item_of(row) for row in itertools.islice(rows, first)], limit, args.seed)
+    return load
 
 
 def mmlu_block(row, answer=""):
-    """A question, its choices a line each, and the answer line."""
+    """A question, its choices on one line each, and the line of the answer."""
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"]))
     return f"{row['question']}\n{choices}\nAnswer:{answer}"
 
 
 def load_mmlu(limit, args=PLAIN):
-    """MMLU's test questions, each after five solved ones of its subject."""
+    """The test questions of MMLU, each after five solved questions of its subject."""
     shots, columns = {}, ["subject", "question", "choices", "answer"]
     for row in hub_rows("cais/mmlu", "all", "dev", columns, args.hub):
         shots.setdefault(row["subject"], []).append(mmlu_block(row, rf" \boxed{{{'ABCD'[row['answer']]}}}"))
@@ -305,48 +315,33 @@ def load_mmlu(limit, args=PLAIN):
     return subset(items, limit, args.seed)
 
 
-def arc_item(row):
-    """An item of a row of ARC: the question, its choices, and the text of the right one."""
-    texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return {"question": row["question"], "choices": texts, "gold": texts[labels.index(row["answerKey"])]}
-
-
-load_arc = from_hub("allenai/ai2_arc", "ARC-Easy", "test", "question choices answerKey", arc_item)
-
-
-def load_drift(limit, args=PLAIN):
-    """The first 50 questions of ARC-Easy."""
-    return subset(load_arc(None, args)[:50], limit, args.seed)
-
-
 def load_wikitext(limit, args):
-    """WikiText-2's test text in windows of args.width tokens of args.tokenizer."""
+    """The test text of WikiText-2 in windows of args.width tokens of args.tokenizer."""
     rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test", ["text"], args.hub)
-    text = "\n\n".join(row["text"] for row in rows)         # as perplexities are published
+    text = "\n\n".join(row["text"] for row in rows)         # the usual way, so that perplexities compare
     ids = args.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = range(0, len(ids) - 1, args.width)
     return subset([{"ids": ids[i:i + args.width]} for i in starts], limit, args.seed)
 
 
-def record_item(record, verify="boxed"):
-    """An item of a record of a corpus (kg_data.py), and how it is judged."""
-    return {"question": record["messages"][0]["content"], "gold": record.get("answer"), "verify": verify}
-
-
 def load_in_domain(corpus, split, limit, args=PLAIN):
-    """A split of the corpus that the run was taught, or of its first `taught` facts; or of `corpus`."""
+    """The questions of a split of `corpus`, or if it is None, of the corpus that the run was taught.
+
+    If only the first args.taught facts were taught, only questions that these facts answer are asked.
+    """
     if corpus:
-        records, verify = kg_data.load_corpus(corpus, split), kg_data.find_corpus(corpus)[1].verify
+        data, style, verify, taught = corpus, "boxed", kg_data.find_corpus(corpus)[1].verify, None
     else:
-        records = kg_data.load_corpus(args.data, split, args.style, args.verify, hub=args.hub)
-        verify = args.verify
-        records = records[:args.taught] if split in ("train", "paraphrase", "retrieval") else records
-    return subset([record_item(r, verify) for r in records], limit, args.seed)
-
-
-def question(item):
-    """The question as it stands."""
-    return item["question"]
+        data, style, verify, taught = args.data, args.style, args.verify, args.taught
+    records = kg_data.load_corpus(data, split, style, verify, hub=args.hub)
+    if split in ("train", "paraphrase", "retrieval"):       # one question per fact, in the order of the facts
+        records = records[:taught]
+    elif split in ("two-hop", "multi-hop"):                 # a question needs several facts
+        facts = kg_data.load_corpus(data, "train", style, verify, hub=args.hub)[:taught]
+        known = {record["fact"] for record in facts}
+        records = [record for record in records if known >= {*record["needs"]}]
+    return subset([{"question": r["messages"][0]["content"], "gold": r.get("answer"), "verify": verify}
+                   for r in records], limit, args.seed)
 
 
 def math_prompt(item):
@@ -362,40 +357,43 @@ def code_prompt(item):
 
 
 def mmlu_prompt(item):
-    """The paper's prompt for MMLU: five solved questions of the subject, then the item's."""
+    """The paper's prompt for MMLU: five solved questions of the subject, then the question of the item."""
     return ("The following are multiple choice questions (with answers) about "
             f"{item['subject'].replace('_', ' ')}. Put your final answer inside \\boxed{{}} as one of A, B, "
             "C, or D.\n\n" + "\n\n".join(item["blocks"]))
 
 
 # ------------------------------------------------------------------------------ ways to answer, and the table
+# `generated`, `chosen`, `windowed` and `drifted` take (subject, task, todo, args), where todo is a list of
+# (item, sample). They yield (item, sample, row), where row is what TASK.jsonl holds of one completion.
 
 class Subject(NamedTuple):
-    """The model under judgement."""
+    """The model that is measured."""
     model: torch.nn.Module
     tokenizer: object
     stops: list
 
 
 def load_subject(model, args, dtype):
-    """The Subject of a --model, its weights as `dtype`."""
-    path = mixsd.toy_base(args.quiet)[0] if model == "toy" else model           # of the toys, seed 0's
-    tokenizer, model = mixsd.load_tokenizer(path), mixsd.load_model(path, dtype, args.device)
+    """The Subject of a --model, its weights in `dtype`; the toy is the toy base of seed 0."""
+    path = mixsd.toy_base(args.quiet)[0] if model == "toy" else model
+    model, tokenizer = mixsd.load_model(path, dtype, args.device)
     return Subject(model, tokenizer, mixsd.stop_ids(model, tokenizer))
 
 
 def nll_of(model, prompt, targets, args):
-    """Nats/token of each of `targets` (lists of ids) after `prompt`."""
-    examples = [(prompt, target) for target in targets]
-    return [nll.mean().item() for nll in mixsd.token_nlls(model, examples, 0, args.micro_tokens)]
+    """The mean nats/token of each of `targets` (lists of ids) after `prompt`."""
+    pairs = [(prompt, target) for target in targets]
+    return [nll.mean().item() for nll in mixsd.token_nlls(model, pairs, 0, args.micro_tokens)]
 
 
 def generated(subject, task, todo, args):
-    """Completions, each judged."""
+    """The model writes a completion, and task.verdict judges it."""
     for sample in sorted({sample for _, sample in todo}):
         items = {item["id"]: item for item, s in todo if s == sample}
         prompts = {i: item["ids"] for i, item in items.items()}
-        for i, _, text, ended in mixsd.complete(*subject, prompts, args, args.temperature, sample):
+        for i, ids in mixsd.answers(subject.model, subject.stops, prompts, args, args.temperature, sample):
+            text, ended = mixsd.text_of(subject.tokenizer, ids, subject.stops), ids[-1] in subject.stops
             asked = items[i]["asked"]
             correct, extracted = task.verdict(text, items[i]) if ended or not task.must_end else (False, None)
             kind = None if correct else error_kind(text, asked, extracted, args.entities)
@@ -404,9 +402,9 @@ def generated(subject, task, todo, args):
 
 
 def chosen(subject, task, todo, args):
-    """The choice whose text has the highest mean log-probability after the chat prompt."""
+    """The model answers with the choice whose text has the lowest mean NLL after the prompt."""
     for item, sample in todo:
-        ids = [mixsd.token_ids(subject.tokenizer, text) for text in item["choices"]]
+        ids = [mixsd.written_ids(subject.tokenizer, text, []) for text in item["choices"]]
         nll = nll_of(subject.model, item["ids"], ids, args)
         text = item["choices"][nll.index(min(nll))]
         correct, extracted = task.verdict(text, item)
@@ -415,17 +413,18 @@ def chosen(subject, task, todo, args):
 
 
 def windowed(subject, task, todo, args):
-    """NLL of windows of 1,024 tokens, or of the model's positions; the first of each is context alone."""
+    """The NLL of a window of text; its first token is context only."""
     for item, sample in todo:
         nll, = nll_of(subject.model, item["ids"][:1], [item["ids"][1:]], args)
         yield item, sample, {"tokens": len(item["ids"]) - 1, "nll": nll}
 
 
 def drifted(subject, task, todo, args):
-    """NLL of the base's own greedy answers, under the base and under the model."""
-    base = load_subject(args.base_model, args, subject.model.dtype)
-    items = {item["id"]: item for item, _ in todo}
-    for i, ids, text, _ in mixsd.complete(*base, {i: item["ids"] for i, item in items.items()}, args):
+    """The NLL of the greedy answer of the base, under the base and under the model."""
+    base, items = load_subject(args.base_model, args, args.dtype), {item["id"]: item for item, _ in todo}
+    prompts = {i: item["ids"] for i, item in items.items()}
+    for i, ids in mixsd.answers(base.model, base.stops, prompts, args):
+        text = mixsd.text_of(base.tokenizer, ids, base.stops)
         before, after = (nll_of(s.model, items[i]["ids"], [ids], args)[0] for s in (base, subject))
         yield items[i], 0, {"prompt": items[i]["asked"], "text": text, "tokens": len(ids),
                             "base_nll": before, "nll": after}
@@ -437,11 +436,15 @@ class Task(NamedTuple):
     prompt: Callable | None         # (item) -> str, a user turn
     verdict: Callable | None        # (text, item) -> (correct, extracted or None)
     max_new_tokens: int             # the paper's
-    version: int                    # goes up when a change makes old scores incomparable
-    answer: Callable = generated    # (subject, task, [(item, sample)], args) -> yields item, sample, its row
-    must_end: bool = False          # a completion cut by the length limit is wrong, as in mixsd.py
+    version: int                    # increases when a change makes old scores incomparable
+    answer: Callable = generated    # how the model answers: one of the four functions above
+    must_end: bool = False          # a completion that the length limit cuts is wrong, as in mixsd.py
 
 
+QUESTION = operator.itemgetter("question")                  # a prompt without other words
+ARC = "allenai/ai2_arc", "ARC-Easy", "test", "question choices answerKey", lambda row: {
+    "question": row["question"], "choices": row["choices"]["text"],
+    "gold": dict(zip(row["choices"]["label"], row["choices"]["text"]))[row["answerKey"]]}
 TASKS: dict[str, Task] = {
     "gsm8k": Task(from_hub("openai/gsm8k", "main", "test", "question answer", lambda row: {
         "question": row["question"], "gold": row["answer"].split("####")[-1].strip()}),
@@ -454,23 +457,29 @@ TASKS: dict[str, Task] = {
                                "prompt test entry_point canonical_solution", lambda row: row | {
         "gold": row["canonical_solution"]}), code_prompt, judge_code, 16384, 1),
     "mmlu": Task(load_mmlu, mmlu_prompt, judge_letter, 1024, 1),
-    "arc_easy": Task(load_arc, question, lambda text, item: (text == item["gold"], text), 0, 1, chosen),
+    "arc_easy": Task(from_hub(*ARC), QUESTION, lambda text, item: (text == item["gold"], text), 0, 1, chosen),
     "wikitext": Task(load_wikitext, None, None, 0, 1, windowed),
-    "drift": Task(load_drift, question, None, 64, 1, drifted),
-} | {task: Task(functools.partial(load_in_domain, *of), question, judge_in_domain, 1024, 1, must_end=True)
+    "drift": Task(from_hub(*ARC, first=50), QUESTION, None, 64, 1, drifted),
+} | {task: Task(functools.partial(load_in_domain, *of), QUESTION, judge_in_domain, 1024, 1, must_end=True)
      for task, of in IN_DOMAIN.items()}
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
 
-def scored(rows):
-    """The score of a task's rows: accuracy, interval and errors where they were judged, else nats/token."""
-    problems, total = {}, sum(row.get("tokens", 0) for row in rows)
+def accuracies(rows):
+    """{question id: the share of its samples that are correct}"""
+    verdicts = {}
     for row in rows:
-        problems.setdefault(row["id"], []).append(row)
+        verdicts.setdefault(row["id"], []).append(row["correct"])
+    return {i: statistics.fmean(samples) for i, samples in verdicts.items()}
+
+
+def scored(rows):
+    """The score of the rows of a task: accuracy, interval and errors if they were judged, else nats/token."""
+    n, total = len({row["id"] for row in rows}), sum(row.get("tokens", 0) for row in rows)
     if "correct" in rows[0]:
-        score = mixsd.score([statistics.fmean(row["correct"] for row in p) for p in problems.values()])
-        score |= {"samples": len(rows) / len(problems),
+        score = mixsd.score(accuracies(rows).values())
+        score |= {"samples": len(rows) / n,
                   "no_answer": statistics.fmean(row["extracted"] is None for row in rows),
                   "errors": dict(Counter(row["kind"] for row in rows if row.get("kind")))}
     else:
@@ -479,34 +488,43 @@ def scored(rows):
         if "base_nll" in score:
             rise = score["nll"] - score["base_nll"]
             apart = sum(((row["nll"] - row["base_nll"] - rise) * row["tokens"]) ** 2 for row in rows)
-            reach = 1.96 * math.sqrt(apart) / total         # 95 %, the question as the unit
+            reach = 1.96 * math.sqrt(apart) / total         # 95 %, with one observation per question
             score |= {"rise": rise, "low": rise - reach, "high": rise + reach}
-        score |= {"tokens": total, "n": len(rows)}
-    return score | {"partial": len(problems) < rows[0]["of"], "of": rows[0]["of"]}
+        score |= {"tokens": total, "n": n}
+    return score | {"partial": n < rows[0]["of"], "of": rows[0]["of"]}
 
 
 def averaged(tasks):
-    """(mean accuracy or None, of which tasks): the five benchmarks as far as they are there, else SMALL."""
+    """(the mean accuracy or None, the tasks it is over): the measured tasks of FIVE, or else of SMALL."""
     names = [t for t in FIVE if t in tasks] or [t for t in SMALL if t in tasks]
     return statistics.fmean(tasks[t]["accuracy"] for t in names) if names else None, names
 
 
 def refuse_other(where, held, wanted):
-    """Raise InputError where results were made with other settings than are wanted, by the setting's name."""
+    """Raise InputError with the name of the first setting in which the results there differ from `wanted`."""
     for key, value in wanted.items():
         if held.get(key) != value:
             raise InputError(f"{where} holds results with {key} {held.get(key)}, this asks for {value}; "
                              f"give another folder")
 
 
-def written(model):
-    """When a folder's weight files were written: trained again, it is another model."""
-    return [file.stat().st_mtime_ns for file in sorted(Path(model).glob("*.safetensors"))]
+def load_items(name, args):
+    """The items of a task, each with "asked", its prompt, and "ids", the ids of the prompt."""
+    items, prompt = TASKS[name].load(args.limit, args), TASKS[name].prompt
+    if not items:
+        raise InputError(f"{name}: there is no question whose facts were all taught (--limit of the run)")
+    for item in items if prompt else []:
+        item["asked"] = prompt(item)
+        item["ids"] = mixsd.chat_ids(args.tokenizer, item["asked"])
+    return items
 
 
 def fit(name, items, default, subject, args):
-    """New tokens for a task: --max-new-tokens, refused where prompts leave less, or `default`, clipped."""
-    longest, positions = max(len(item["ids"]) for item in items), mixsd.max_positions(subject.model)
+    """The longest answer, in tokens: --max-new-tokens, else `default`, cut to the positions left.
+
+    Raises InputError if the longest prompt does not leave --max-new-tokens positions.
+    """
+    longest, positions = max(len(item["ids"]) for item in items), subject.model.config.max_position_embeddings
     asked, room = args.max_new_tokens or 1, positions - longest
     if asked > room:
         raise InputError(f"{name}: prompt of {longest:,} tokens + {asked:,} new > {positions:,}, the model's "
@@ -517,7 +535,7 @@ def fit(name, items, default, subject, args):
 
 
 def of_task(name, items, subject, args):
-    """`args` as they hold for one task: its length, temperature and samples."""
+    """A copy of `args` with the length, the temperature and the number of samples for one task."""
     task, own, args = TASKS[name], name in IN_DOMAIN, argparse.Namespace(**vars(args))
     if task.answer is not generated:
         args.max_new_tokens, args.samples = task.max_new_tokens, 1
@@ -529,84 +547,97 @@ def of_task(name, items, subject, args):
     return args
 
 
-def read_rows(path, version):
-    """The finished lines of a TASK.jsonl; half a line at its end is cut off.  Refuses another version's."""
-    data = path.read_bytes() if path.exists() else b""
-    path.write_bytes(data := data[:data.rfind(b"\n") + 1])
-    rows = [json.loads(line) for line in data.splitlines()]
-    if rows:
-        refuse_other(path, rows[0], {"version": version})
-    return rows
-
-
-def load_items(name, args):
-    """A task's items, each with "asked", its prompt, and "ids", the prompt's under args.tokenizer."""
-    items, prompt = TASKS[name].load(args.limit, args), TASKS[name].prompt
-    for item in items if prompt else []:
-        item["asked"] = prompt(item)
-        item["ids"] = mixsd.chat_ids(args.tokenizer, item["asked"])
-    return items
-
-
-SETTINGS = ("seed", "limit", "temperature", "samples", "max_new_tokens", "paper")     # a base's and its run's
+SETTINGS = ("seed", "limit", "temperature", "samples", "max_new_tokens", "paper")     # equal for base and run
 
 
 def evaluate(args):
-    """Measure `args.tasks`; returns what eval.json holds."""
+    """Measure `args.tasks`; returns what eval.json holds (see the top of this file)."""
     settings = {k: getattr(args, k) for k in (*SETTINGS, "model", "dtype", "data", "style", "verify")}
-    settings["weights"] = written(args.model)
+    files = sorted(Path(args.model).glob("*.safetensors"))
+    settings["weights"] = [file.stat().st_mtime_ns for file in files]       # they change with training
     ledger = {"model": args.model, "settings": settings, "tasks": {}, "seconds": 0.0}
     ledger |= read_json(args.out, "eval.json")
     refuse_other(args.out, ledger["settings"], settings)
-    base = base_scores(args, ledger)
-    subject = load_subject(args.model, args, getattr(torch, args.dtype))
-    args.tokenizer, args.width = subject.tokenizer, min(1024, mixsd.max_positions(subject.model))
+    args.base = args.base or ledger.get("base_out")
+    base = base_scores(args, [*ledger["tasks"], *args.tasks]) if args.base else {}
+    subject = load_subject(args.model, args, args.dtype)
+    args.tokenizer, args.width = subject.tokenizer, min(1024, subject.model.config.max_position_embeddings)
     items = {t: load_items(t, args) for t in args.tasks}
     each = {t: of_task(t, items[t], subject, args) for t in args.tasks}
     if "humaneval" in args.tasks:
         print(f"humaneval: {protections()}", flush=True)
-    lock = mixsd.only_run(args.out)                         # noqa: F841  (held to the end)
-    ledger |= read_json(args.out, "eval.json")              # another may have added to it until now
-    write_json(args.out / "eval.json", ledger)              # the settings
-    for t in args.tasks:
-        start, task, path = time.time(), TASKS[t], args.out / f"{t}.jsonl"
-        rows = read_rows(path, task.version)
-        done = {(row["id"], row["sample"]) for row in rows}
-        todo = [(item, s) for s in range(each[t].samples) for item in items[t] if (item["id"], s) not in done]
-        with open(path, "a", encoding="utf-8") as file:
-            answers = task.answer(subject, task, todo, each[t])
-            for item, sample, row in tqdm(answers, t, len(todo), disable=args.quiet):
-                known = {"id": item["id"], "of": item["of"], "sample": sample, "version": task.version}
-                rows.append(known | row)
-                file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
-                file.flush()
-        ledger["tasks"][t] = scored(rows) | {"version": task.version}
-        ledger["seconds"] += time.time() - start
-        average, names = averaged(ledger["tasks"])
-        comparable = base and set(names) <= base.keys()
-        before = averaged({name: base[name] for name in names})[0] if comparable else None
-        ledger |= {"average": average, "average_of": names, "base": base, "base_average": before,
-                   "retention": average / before if before else None, "peak_gib": mixsd.peak_gib()}
+    with mixsd.only_run(args.out):
+        ledger |= read_json(args.out, "eval.json")          # until now, another process may have added to it
         write_json(args.out / "eval.json", ledger)
+        for t in args.tasks:
+            start = time.time()
+            score = scored(answered(t, items[t], subject, each[t]))
+            ledger["tasks"][t] = score | {"version": TASKS[t].version}
+            ledger["seconds"] += time.time() - start
+            ledger |= against_base(ledger["tasks"], base, args) | {"peak_gib": mixsd.peak_gib()}
+            write_json(args.out / "eval.json", ledger)
     return ledger
 
 
-def base_scores(args, ledger):
-    """{task: score} of --base, or None.  Refuses what was measured otherwise, or is not all there."""
-    if not args.base:
-        return ledger.get("base")
+def answered(name, items, subject, args):
+    """Read the rows of OUT/TASK.jsonl, generate and append the missing rows, return all rows."""
+    task, path = TASKS[name], args.out / f"{name}.jsonl"
+    rows = mixsd.read_lines(path)
+    if rows:
+        refuse_other(path, rows[0], {"version": task.version})
+    done = {(row["id"], row["sample"]) for row in rows}
+    todo = [(item, s) for s in range(args.samples) for item in items if (item["id"], s) not in done]
+    answers = task.answer(subject, task, todo, args)
+    for item, sample, row in tqdm(answers, name, len(todo), disable=args.quiet):
+        known = {"id": item["id"], "of": item["of"], "sample": sample, "version": task.version}
+        rows.append(known | row)
+        mixsd.append_lines(path, rows[-1:])
+    return rows
+
+
+def base_scores(args, names):
+    """{task: score} of --base. Raises InputError if it has other settings or lacks one of `names`."""
     held = read_json(args.base, "eval.json")
     if not held:
         raise InputError(f"--base {args.base}: no eval.json; evaluate the base first, with --out {args.base}")
     refuse_other(f"--base {args.base}", held["settings"], {k: getattr(args, k) for k in SETTINGS})
-    missing = {*ledger["tasks"], *args.tasks} & {*FIVE, *SMALL} - held["tasks"].keys()
+    missing = [t for t in names if t in FIVE + SMALL
+               and not (t in held["tasks"] and (Path(args.base) / f"{t}.jsonl").exists())]
     if missing:
         raise InputError(f"--base {args.base} has no {', '.join(missing)}; it has {', '.join(held['tasks'])}")
     return held["tasks"]
 
 
+def against_base(tasks, base, args):
+    """The keys of eval.json from "average" to "retention_interval"; without --base those of a base are None."""
+    average, names = averaged(tasks)
+    before = averaged({t: base[t] for t in names})[0] if base else None
+    return {"average": average, "average_of": names, "base_out": args.base, "base": base or None,
+            "base_average": before, "retention": average / before if before else None,
+            "retention_interval": retention_interval(names, args) if before else None}
+
+
+def retention_interval(names, args, draws=2000):
+    """[low, high], the 95 % interval of the retention over the tasks `names`: a paired bootstrap.
+
+    For each task with n questions, each draw samples n of them with replacement, the same before and after.
+    Raises InputError if the base was asked other questions.
+    """
+    generator, means = torch.Generator().manual_seed(args.seed), 0.0
+    for t in names:
+        before, after = (accuracies(row for _, row in kg_data.read_jsonl(Path(folder) / f"{t}.jsonl"))
+                         for folder in (args.base, args.out))
+        if before.keys() != after.keys():
+            raise InputError(f"--base {args.base}: its {t}.jsonl holds other questions than {args.out}")
+        pairs = torch.tensor([[before[i], after[i]] for i in after])                        # (n, 2)
+        picks = (torch.randint(len(pairs), (len(pairs),), generator=generator) for _ in range(draws))
+        means += torch.stack([pairs[pick].mean(0) for pick in picks]) / len(names)          # (draws, 2)
+    ratios = (means[:, 1] / means[:, 0])[means[:, 0] > 0]   # without draws in which the base is never right
+    return ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
 def print_scores(ledger):
-    """A line a task, and the average."""
+    """Print one line per task, and the average."""
     for task, s in ledger["tasks"].items():
         label = f"  partial: {s['n']:,} of {s['of']:,}" if s["partial"] else ""
         if "nll" in s:
@@ -617,585 +648,533 @@ def print_scores(ledger):
             print(f"{task:17} {s['accuracy']:.3f} [{s['low']:.3f}, {s['high']:.3f}]  n {s['n']:,}{label}  "
                   f"no answer {s['no_answer']:.3f}  {kinds}")
     if ledger["average"] is not None:
-        kept = f", retention {ledger['retention']:.3f}" if ledger["retention"] is not None else ""
         partial = " (partial)" if any(ledger["tasks"][t]["partial"] for t in ledger["average_of"]) else ""
-        print(f"average of {', '.join(ledger['average_of'])}: {ledger['average']:.3f}{kept}{partial}")
+        print(f"average of {', '.join(ledger['average_of'])}: {ledger['average']:.3f}{partial}")
+    if ledger["retention"] is not None:
+        low, high = ledger["retention_interval"]
+        print(f"retention {ledger['retention']:.3f} [{low:.3f}, {high:.3f}] = average / average of the base")
 
 
 # --------------------------------------------------------------------------------- why: target NLL and Fisher
 
-@torch.no_grad()
+CAN_DRAW = importlib.util.find_spec("matplotlib") is not None
+
+
+@contextlib.contextmanager
+def picture(path, rows=1, **options):
+    """Yields the `rows` axes of a new picture, one below the other; saves it as `path` at the end."""
+    import matplotlib
+    matplotlib.use("agg")                                   # needs no screen
+    from matplotlib import pyplot as plt
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(rows, squeeze=False, dpi=150, layout="constrained", **options)
+    yield axes[:, 0]
+    for panel in axes[:, 0]:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    plt.close(figure)
+    print(f"\n{path}")                                      # a blank line ends the table of the report
+
+
 def target_nll(args):
-    """{"files": {file: {"targets", "tokens", "mean", "above_5", "quantiles"}}} of target files."""
-    model, tokenizer, stops = load_subject(args.model, args, getattr(torch, args.dtype))
-    files, qs = {}, (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+    """{"files": {file: {"targets", "tokens", "mean", "above_5", "quantiles"}}} of target files, under a base.
+
+    Also draws OUT/target.png (the first target of each file, token by token) and OUT/ecdf.png (the share of
+    tokens up to each NLL; paper: the ECDF of target NLL), if matplotlib is installed.
+    """
+    model, tokenizer, stops = load_subject(args.model, args, args.dtype)
+    files, firsts, curves, qs = {}, [], {}, (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
     for path in args.nll:
-        examples = mixsd.read_examples(path, model, tokenizer, stops)
-        nll = torch.cat(mixsd.token_nlls(model, examples, 0, args.micro_tokens))
-        nll = nll.cpu().double().sort().values              # (N,) nats
-        files[path] = {"targets": len(examples), "tokens": len(nll), "mean": nll.mean().item(),
+        targets = mixsd.read_targets(path, model, tokenizer, stops)
+        nlls = mixsd.token_nlls(model, [(t["x"], t["target_ids"]) for t in targets], 0, args.micro_tokens)
+        firsts.append((targets[0], nlls[0].tolist()))
+        nll = torch.cat(nlls).double().sort().values        # (N,) nats
+        curves[path] = nll.tolist()
+        files[path] = {"targets": len(targets), "tokens": len(nll), "mean": nll.mean().item(),
                        "above_5": (nll > 5).double().mean().item(),
                        "quantiles": {q: nll[math.ceil(q * len(nll)) - 1].item() for q in qs}}
         quantiles = ", ".join(f"{q:g}: {v:.2f}" for q, v in files[path]["quantiles"].items())
         print(f"{path}: {nll.mean():.3f} nats/token, {files[path]['above_5']:.2%} of {len(nll):,} above 5; "
               f"quantiles {quantiles}", flush=True)
+    if CAN_DRAW:
+        draw_targets(firsts, tokenizer, args.out / "target.png")
+        draw_ecdf(curves, args.out / "ecdf.png")
     return {"model": args.model, "files": files, "peak_gib": mixsd.peak_gib()}
 
 
-def fisher_diagonal(model, examples, pad_id, quiet=True):
-    """{name: F}: F_i = mean over the examples of (d log p(y|x) / d theta_i)^2, squared sequence by sequence.
+def draw_targets(firsts, tokenizer, path):
+    """Draw one bar per target token: its height is the NLL, its colour shows who supplied the token.
 
-    examples  [(prompt ids, target ids)].  A gradient is squared into F and freed as soon as backward has made
-    it: memory holds the weights, F, and what one sequence needs.  A tied weight is one parameter.
+    firsts  [(target, [nats of each of its tokens])], drawn one below the other on the same scale
+    """
+    longest = max(len(nlls) for _, nlls in firsts)
+    looks = {mixsd.EXPERT: ("tab:blue", "the expert"), mixsd.NAIVE: ("tab:orange", "the naive"),
+             None: ("tab:red", "the corpus")}
+    with picture(path, len(firsts), sharey=True, figsize=(9, 2.3 * len(firsts))) as panels:
+        for axes, (target, nlls) in zip(panels, firsts):
+            source = target["source"] or [None] * len(nlls)
+            for who, (colour, label) in looks.items():
+                places = [t for t, s in enumerate(source) if s == who]
+                if places:
+                    axes.bar(places, [nlls[t] for t in places], color=colour, label=label)
+            for t, nats in enumerate(nlls):
+                axes.annotate(f"{nats:.1f}", (t, nats), ha="center", va="bottom", fontsize=8)
+            words = [tokenizer.decode([i]).strip() or "space" for i in target["target_ids"]]
+            axes.set_xticks(range(len(nlls)), words, rotation=30, ha="right")
+            for word, who in zip(axes.get_xticklabels(), source):       # a bar near 0 can't be seen
+                word.set_color(looks[who][0])
+            axes.set(xlim=(-0.6, longest - 0.4), ylabel="NLL, nats")
+            axes.set_title(f"{sum(nlls) / len(nlls):.2f} nats/token", loc="right", fontsize=10)
+            axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+            axes.margins(y=0.15)
+
+
+def draw_ecdf(curves, path):
+    """Draw {file: [nats of each token]} as curves: which share of the tokens has at most this NLL."""
+    with picture(path, figsize=(6.4, 4)) as (axes,):
+        for file, nats in curves.items():
+            axes.ecdf(nats, label=f"{Path(file).parent.name}: {statistics.fmean(nats):.2f} nats/token")
+        axes.set(xlabel="NLL of a target token under the base, nats", ylabel="share of tokens",
+                 ylim=(0, 1.02))
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, loc="lower right")
+
+
+def fisher_diagonal(model, examples, pad_id, quiet=True):
+    """{name: F}: F_i = mean over the examples of (d log p(y|x) / d theta_i)^2, squared per sequence.
+
+    examples  [(prompt ids, target ids)]
+    A tied weight is one parameter. Memory holds the weights, their gradients, and F.
     """
     fisher = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-
-    def squaring(name):
-        def hook(p):
+    for example in tqdm(examples, "fisher", disable=quiet):
+        mixsd.nll(*mixsd.target_logits(model, [example], pad_id)).sum().backward()
+        for name, p in model.named_parameters():
             fisher[name].addcmul_(p.grad, p.grad, value=1 / len(examples))
             p.grad = None
-        return hook
-    hooks = [p.register_post_accumulate_grad_hook(squaring(name)) for name, p in model.named_parameters()]
-    for example in tqdm(examples, "fisher", disable=quiet):
-        mixsd.token_nll(model, mixsd.collate([example], pad_id, model)).sum().backward()
-    for hook in hooks:
-        hook.remove()
     return fisher
 
 
 @torch.no_grad()
 def alignment(fisher, base, tuned):
-    """Of a move d = tuned - base: ||d||^2, sum F d^2, R = (sum F d^2 / sum d^2) / mean F (None for d = 0).
+    """How far the weights moved, and how much of this in directions to which the base is sensitive.
 
-    fisher, base  {name: tensor};  tuned  name -> tensor, asked for one at a time
+    With d = tuned - base: squared_distance = sum d^2, fisher_distance = sum F d^2, fisher_mean = mean F, and
+    R = fisher_distance / squared_distance / fisher_mean, which is None if nothing moved. All arguments are
+    {name: tensor}.
     """
     add = functools.partial(torch.sum, dtype=torch.float64)
     sums = torch.zeros(3, dtype=torch.float64)              # of F d^2, d^2, F
     for name, f in fisher.items():
-        d2 = (tuned(name).to(f) - base[name].to(f)).square()
-        sums += torch.stack([add(f * d2), add(d2), add(f)])
+        d2 = (tuned[name] - base[name]).square()
+        sums += torch.stack([add(f * d2), add(d2), add(f)]).cpu()
     weighted, squared, total = sums.tolist()
     mean = total / sum(f.numel() for f in fisher.values())
     return {"R": weighted / squared / mean if squared and mean else None, "squared_distance": squared,
             "fisher_distance": weighted, "fisher_mean": mean}
 
 
-def tensor_of(run, base):
-    """name -> that tensor of RUN/model, from disk when asked for.  Refuses one that is not like base's."""
-    files = {}
-    for path in (Path(run) / "model").glob("*.safetensors"):
-        with safe_open(path, "pt") as f:
-            files |= dict.fromkeys(f.keys(), path)
-
-    def tensor(name):
-        if name in files:
-            with safe_open(files[name], "pt") as f:
-                if f.get_slice(name).get_shape() == list(base[name].shape):
-                    return f.get_tensor(name)
-        raise InputError(f"{run}/model has no {name} of --base's shape: not a run on this base")
-    return tensor
+def base_fisher(base, args):
+    """The Fisher diagonal of the base on its greedy answers to `fisher_n` prompts, as many per task."""
+    args.limit, args.tokenizer = math.ceil(args.fisher_n / len(args.fisher_tasks)), base.tokenizer
+    items = [item for t in args.fisher_tasks for item in load_items(t, args)][:args.fisher_n]
+    args.max_new_tokens = fit("--fisher", items, 256, base, args)
+    prompts = {i: item["ids"] for i, item in enumerate(items)}
+    answers = mixsd.answers(base.model, base.stops, prompts, args)
+    return fisher_diagonal(base.model, [(prompts[i], ids) for i, ids in answers], 0, args.quiet)
 
 
-def base_fisher(subject, args):
-    """The base's Fisher over `fisher_n` prompts, as many a task, with its own greedy answers; kept in OUT."""
-    path = args.out / "fisher.safetensors"
-    settings = {"base": args.base, "weights": written(args.base), "tasks": args.fisher_tasks,
-                "n": args.fisher_n, "seed": args.seed, "max_new_tokens": args.max_new_tokens}
-    if not path.exists():
-        args.limit, args.tokenizer = math.ceil(args.fisher_n / len(args.fisher_tasks)), subject.tokenizer
-        items = [item for t in args.fisher_tasks for item in load_items(t, args)][:args.fisher_n]
-        args.max_new_tokens = fit("--fisher", items, 256, subject, args)
-        answers = mixsd.complete(*subject, {i: item["ids"] for i, item in enumerate(items)}, args)
-        examples = [(items[i]["ids"], ids) for i, ids, _, _ in answers]
-        args.out.mkdir(parents=True, exist_ok=True)
-        fisher = fisher_diagonal(subject.model, examples, 0, args.quiet)
-        save_file(fisher, partial := path.with_suffix(".partial"), {"settings": json.dumps(settings)})
-        os.replace(partial, path)
-    with safe_open(path, "pt") as f:
-        refuse_other(args.out, json.loads(f.metadata()["settings"]), settings)
-        return {name: f.get_tensor(name) for name in f.keys()}
+def correlation(groups, x, y):
+    """(Pearson's r, n): average x and y over the runs of each method, correlate over the n methods.
 
-
-def correlation(pairs):
-    """Pearson's r of the pairs without a None; None for fewer than 3, or where one side is constant."""
-    pairs = [pair for pair in pairs if None not in pair]
-    constant = any(len(set(side)) == 1 for side in zip(*pairs))
-    return statistics.correlation(*zip(*pairs)) if len(pairs) > 2 and not constant else None
+    r is None for fewer than 3 methods, or if one side is constant.
+    """
+    known = [[(run[x], run[y]) for run in group if None not in (run[x], run[y])] for group in groups]
+    means = [[statistics.fmean(side) for side in zip(*pairs)] for pairs in known if pairs]
+    varied = all(len(set(side)) > 1 for side in zip(*means))
+    return statistics.correlation(*zip(*means)) if len(means) > 2 and varied else None, len(means)
 
 
 def fisher_runs(args):
-    """R and ||d||^2 of each run, also in RUN/fisher.json; over runs, how they correlate with the loss."""
-    read, runs = {run: read_run(run) for run in args.fisher}, {}
-    subject = load_subject(args.base, args, torch.float32)
-    fisher, base = base_fisher(subject, args), dict(subject.model.named_parameters())
-    for run in args.fisher:
-        if args.base == "toy" and read_json(run, "args.json").get("seed"):
-            raise InputError(f"{run}: its toy base is not --base toy, which is that of seed 0")
-        runs[run] = alignment(fisher, base, tensor_of(run, base)) | {
-            "base": args.base, "tasks": args.fisher_tasks, "n": args.fisher_n, "responses": "greedy"}
-        write_json(Path(run) / "fisher.json", runs[run])
-        found = read[run] | runs[run]
-        print(f"{run}:", ", ".join(f"{key} {mean_and_spread([found[key]], 3)}"
-                                   for key in ("R", "squared_distance", "drop", "drift")))
-    r = {f"{loss}_{key}": correlation([(read[run][loss], runs[run][key]) for run in runs])
-         for loss in ("drop", "drift") for key in ("R", "squared_distance", "fisher_distance")}
-    print("Pearson's r:", ", ".join(f"{pair} {mean_and_spread([value])}" for pair, value in r.items()))
-    return {"runs": runs, "correlation": r, "peak_gib": mixsd.peak_gib()}
+    """The alignment of each run, also in RUN/fisher.json, and how it correlates with what the run forgot.
+
+    Returns {"runs": {run: alignment}, "correlation": {LOSS_KEY: Pearson's r over methods}, "methods":
+    {LOSS_KEY: how many methods}}, where a method is the mean of its seeds. LOSS is drop (held-out accuracy
+    before minus after) or drift. The weights of the base, of a run and F are in memory, in float32.
+    """
+    runs = {folder: read_run(folder) for folder in args.fisher}
+    base = load_subject(args.base, args, "float32")
+    weights, fisher = dict(base.model.named_parameters()), base_fisher(base, args)
+    for folder, run in runs.items():
+        if args.base == "toy" and run["seed"]:
+            raise InputError(f"{folder}: its toy base is not --base toy, which is that of seed 0")
+        tuned = dict(load_subject(f"{folder}/model", args, "float32").model.named_parameters())
+        if {name: p.shape for name, p in tuned.items()} != {name: p.shape for name, p in weights.items()}:
+            raise InputError(f"{folder}/model: its weights are not like those of --base {args.base}")
+        found = alignment(fisher, weights, tuned)
+        write_json(Path(folder) / "fisher.json", found | {
+            "base": args.base, "tasks": args.fisher_tasks, "n": args.fisher_n, "responses": "greedy"})
+        run |= found
+        print(f"{folder}:", ", ".join(f"{key} {mean_and_spread([run[key]], 3)}"
+                                      for key in ("R", "squared_distance", "drop", "drift")))
+    groups, r, n = grouped(list(runs), list(runs.values())).values(), {}, {}
+    for loss, key in itertools.product(("drop", "drift"), ("R", "squared_distance", "fisher_distance")):
+        pair = f"{loss}_{key}"
+        r[pair], n[pair] = correlation(groups, loss, key)
+        print(f"Pearson's r of {loss} and {key}: {mean_and_spread([r[pair]])}, methods: {n[pair]}")
+    return {"runs": {folder: read_json(folder, "fisher.json") for folder in runs}, "correlation": r,
+            "methods": n, "peak_gib": mixsd.peak_gib()}
 
 
 # ------------------------------------------------------------------------------------------------- how fast
 
-RIVALS = {"generate": "decode", "generate-float32": "decode", "resubmit": "decode", "trl": "train"}
-PARTS = ["decode", "train", *RIVALS]
-ROUNDS = 5                                                  # of each part in turn, after one to warm up
-
-
-def bench(args):
-    """Time the parts of args.bench side by side; returns {part: medians, spread, tokens/s, peak, floor}.
-
-    decode    mixed decoding of args.batch_size examples of KGFact (sentence style) to args.max_new_tokens, no
-              stop; also its prefill alone, and a step, from the difference
-    generate  model.generate on the same rows; generate-float32: in float32
-    resubmit  the definition: prompt and prefix of who speaks, read anew for every token
-    train     an optimizer step on as many canonical targets;  trl: the same in TRL's SFTTrainer
-    """
-    if args.model == "toy":
-        args.model = str(mixsd.toy_base(args.quiet)[0])
-    model, tokenizer = bench_model(args, getattr(torch, args.dtype)), mixsd.load_tokenizer(args.model)
-    facts = kg_data.load_corpus("kgfact-small", "train", "sentence")
-    records, stops = [facts[i % len(facts)] for i in range(args.batch_size)], [model.config.vocab_size - 1]
-    pairs = [mixsd.two_contexts(tokenizer, r, kg_data.SENTENCE_WORDS) for r in records]
-    contexts, T = [list(context) for context in zip(*pairs)], args.max_new_tokens or 48
-    source = mixsd.draw_sources(0.3, T, args.seed, range(args.batch_size))
-    prompts = [prompt for context in contexts for prompt in context]
-    examples = [(naive, mixsd.written_ids(tokenizer, r["messages"][1]["content"], stops))
-                for (_, naive), r in zip(pairs, records)]
-    decoded, trained = args.batch_size * T, sum(len(x) + len(y) for x, y in examples)
-
-    jobs = {}                                               # part: (what to time, its tokens)
-    if "decode" in args.bench:
-        prefill = torch.no_grad()(functools.partial(mixsd.prefill, model, contexts, stops[0]))
-        jobs["prefill"] = prefill, sum(map(len, prompts))
-        jobs["decode"] = lambda: mixsd.decode(model, contexts, source, stops, compiled=args.compile), decoded
-    if "generate" in args.bench:
-        jobs["generate"] = generating(model, prompts, T, stops), decoded
-    if "generate-float32" in args.bench:
-        jobs["generate-float32"] = generating(bench_model(args, torch.float32), prompts, T, stops), decoded
-    if "resubmit" in args.bench:
-        jobs["resubmit"] = lambda: resubmit(model, contexts, source, stops[0]), decoded
-    if "train" in args.bench:
-        jobs["train"] = training(model, examples, args), trained
-    measured = {part: [] for part in jobs}
-
-    def a_round():
-        for part, (job, _) in jobs.items():
-            measured[part].append(measure(job, args.device))
-    if "trl" in args.bench:
-        measured["trl"], jobs["trl"] = trl_rounds(model, tokenizer, records, a_round, args), (None, trained)
-    else:
-        for _ in tqdm(range(1 + ROUNDS), "rounds", disable=args.quiet):
-            a_round()
-    return bench_results(model, jobs, measured, prompts, examples, T, args)
-
-
-def bench_model(args, dtype):
-    """The model of --bench: with random weights where its folder has a config and no weights."""
-    if not Path(args.model).is_dir() or list(Path(args.model).glob("*.safetensors")):
-        return mixsd.load_model(args.model, dtype, args.device)
-    torch.manual_seed(args.seed)
-    with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(mixsd.load(AutoConfig, args.model), dtype=dtype)
-    return mixsd.ready(model, args.device)
-
-
-def generating(model, prompts, T, stops):
-    """A call of the library's greedy decoding on prompts."""
-    ids, mask = (t.to(model.device) for t in mixsd.left_pad(prompts, stops[0]))
-    return lambda: model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=T,
-                                  eos_token_id=stops[0], pad_token_id=stops[0])
+PARTS, ROUNDS = ["decode", "generate", "train", "trl"], 5   # rounds of each part, after one to warm up
 
 
 @torch.no_grad()
-def resubmit(model, contexts, source, pad_id):
-    """(B, T) ids by the definition of mixed decoding, which knows no cache."""
-    y = [[] for _ in contexts[0]]
-    for speakers in source.T.tolist():
-        texts = [contexts[c][i] + y[i] for i, c in enumerate(speakers)]
-        ids, mask = (t.to(model.device) for t in mixsd.left_pad(texts, pad_id))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                       logits_to_keep=1).logits[:, -1]                          # (B, V)
-        for row, token in zip(y, logits.argmax(-1).tolist()):
-            row.append(token)
-    return torch.tensor(y)
+def gaps(model, contexts, source, answers):
+    """(N,) how far, in logits, each decoded token lies below the best token of its speaker.
+
+    The speaker reads its prompt and the prefix again, without a cache. By the definition of mixed decoding at
+    temperature 0, all gaps are 0. The arguments and the answers are those of mixsd.decode.
+    """
+    logits = torch.stack([mixsd.target_logits(model, list(zip(prompts, answers)), 0)[0]
+                          for prompts in contexts])                             # (C, N, V)
+    speaker = torch.cat([row[:len(y)] for row, y in zip(source, answers)]).to(logits.device)    # (N,)
+    logits = logits[speaker, torch.arange(len(speaker), device=logits.device)].float()          # (N, V)
+    tokens = torch.tensor(sum(answers, []), device=logits.device)
+    return logits.max(-1).values - logits.gather(1, tokens[:, None])[:, 0]
 
 
-def training(model, examples, args):
-    """A call of mixsd.py's optimizer step, at a rate of 0: the weights stay."""
-    student = copy.deepcopy(model).float()
-    work = student if model.dtype == torch.float32 else model
-    if work is model:
-        mixsd.lend_gradients(work, student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, fused=True)
+def bench(args):
+    """Check decoding and time the parts of args.bench; returns {part: median, min, max seconds, ratio}.
 
-    def token_loss(work, part):
-        return mixsd.token_nll(work, mixsd.collate(part, 0, work))
-    return lambda: mixsd.update(student, work, optimizer, examples, 0.0, token_loss, args.micro_tokens)
+    decode    mixed decoding of args.batch_size examples of KGFact, args.max_new_tokens each, without a stop
+    generate  model.generate on the same prompts, those of both contexts
+    train     one optimizer step on the canonical targets of the examples
+    trl       the same in SFTTrainer of TRL
+    """
+    model, tokenizer, _ = load_subject(args.model, args, args.dtype)
+    facts, T = kg_data.load_corpus("kgfact-small", "train", "sentence"), args.max_new_tokens
+    never = [model.config.vocab_size - 1]                   # a stop token that a language model hardly writes
+    records = [facts[i % len(facts)] for i in range(args.batch_size)]
+    pairs = [mixsd.two_contexts(tokenizer, r, kg_data.SENTENCE_WORDS) for r in records]
+    contexts, source = list(map(list, zip(*pairs))), mixsd.draw_sources(0.3, T, args.seed, range(len(pairs)))
+    few = [prompts[:8] for prompts in contexts]
+    gap = gaps(model, few, source[:8], mixsd.decode(model, few, source[:8], never))
+    print(f"decoding: {(gap == 0).sum()} of {len(gap)} tokens equal the definition; the largest gap of the "
+          f"others is {gap.max():.3g} in logits", flush=True)
+
+    ids, mask = (t.to(model.device) for t in mixsd.left_pad(sum(contexts, []), 0))
+    steps = {"decode": lambda: mixsd.decode(model, contexts, source, never),
+             "generate": lambda: model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=T,
+                                                do_sample=False, eos_token_id=never[0], pad_token_id=0)}
+    if "train" in args.bench:
+        steps["train"] = optimizer_step(model, tokenizer, pairs, records, args)
+    parts = {}
+    for part in args.bench:
+        times = trl_times(model, tokenizer, records, args) if part == "trl" else []
+        for _ in range(1 + ROUNDS if part in steps else 0):
+            times.append(clock(args))
+            steps[part]()
+            times.append(clock(args))
+        seconds = [end - start for start, end in zip(times[2::2], times[3::2])]
+        parts[part] = {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+        print("{part:10} {median:.4f} s [{min:.4f}, {max:.4f}]".format(part=part, **parts[part]), flush=True)
+    for part, own in (("generate", "decode"), ("trl", "train")):
+        if {part, own} <= parts.keys():
+            ratio = parts[part]["ratio"] = parts[part]["median"] / parts[own]["median"]
+            print(f"{part} takes {ratio:.2f} x the time of {own}")
+    return {"model": args.model, "device": args.device, "dtype": args.dtype, "batch_size": args.batch_size,
+            "new_tokens": T, "largest_gap": gap.max().item(), "parts": parts, "peak_gib": mixsd.peak_gib()}
 
 
-def trl_rounds(model, tokenizer, records, a_round, args):
-    """[(seconds, peak)] of SFTTrainer's steps on the records, `a_round` of the others before each."""
+def clock(args):
+    """Wait until a GPU has finished its work, then return the time in seconds."""
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.time()
+
+
+def optimizer_step(model, tokenizer, pairs, records, args):
+    """A function that makes one optimizer step of mixsd.py on the records, at a learning rate of 0."""
+    masters, sft = model, argparse.Namespace(method="sft", kl_to_base=None)
+    examples = [mixsd.Example(i, [], x, mixsd.written_ids(tokenizer, r["messages"][1]["content"], [0]))
+                for i, ((_, x), r) in enumerate(zip(pairs, records))]
+    if args.dtype != "float32":
+        masters = copy.deepcopy(model).float()
+        mixsd.follow(model, masters)
+    optimizer = torch.optim.AdamW(masters.parameters(), lr=0.0, fused=True)
+    return lambda: mixsd.update(model, masters, optimizer, examples, lambda part: mixsd.token_losses(
+        model, None, part, sft, 0), 0.0, args.micro_tokens)
+
+
+def trl_times(model, tokenizer, records, args):
+    """[the times at which each step of SFTTrainer on the records starts and ends]"""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
-    measured = []
+    times = []
 
-    class Rounds(TrainerCallback):
+    class Times(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            a_round()
-            reset_peak()
-            self.start = time.time()
-
-        def on_step_end(self, *_, **__):
-            measured.append((time.time() - self.start, peak()))
+            times.append(clock(args))
+        on_step_end = on_step_begin
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(output_dir=folder, max_steps=1 + ROUNDS, learning_rate=0.0,
                            per_device_train_batch_size=args.batch_size, use_cpu=args.device == "cpu",
-                           bf16=model.dtype == torch.bfloat16, gradient_checkpointing=False,
+                           bf16=args.dtype == "bfloat16", gradient_checkpointing=False,
                            save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True)
         rows = [{"prompt": r["messages"][:1], "completion": r["messages"][1:]} for r in records]
-        student = copy.deepcopy(model).float()
-        student.set_attn_implementation("sdpa")
-        SFTTrainer(student, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                   callbacks=[Rounds()]).train()
-    return measured
-
-
-def reset_peak():
-    """Begin a new peak of memory: the GPU's, or on Linux the process's."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    elif (switch := Path("/proc/self/clear_refs")).exists():
-        switch.write_text("5")
-
-
-def peak():
-    """GiB at most since `reset_peak`."""
-    if torch.cuda.is_initialized() or not Path("/proc/self/status").exists():
-        return mixsd.peak_gib()
-    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 2**20
-
-
-def measure(job, device):
-    """(seconds, peak GiB) of job()."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    reset_peak()
-    wait()
-    start = time.time()
-    job()
-    wait()
-    return time.time() - start, peak()
-
-
-def rates(dtype, device):
-    """(bytes/s of a copy, read and written; operations/s of a matrix product) as measured here."""
-    on_gpu = device.startswith("cuda")
-    data = torch.empty(2**30 if on_gpu else 2**28, dtype=torch.uint8, device=device)
-    matrix = torch.randn((8192, 8192) if on_gpu else (2048, 2048), device=device).to(dtype)
-    other = torch.empty_like(data)
-
-    def best(job):
-        return min(measure(job, device)[0] for _ in range(10))
-    return (2 * data.numel() / best(lambda: other.copy_(data)),
-            2 * len(matrix) ** 3 / best(lambda: matrix @ matrix))
-
-
-def bench_results(model, jobs, measured, prompts, examples, T, args):
-    """What `bench` returns, printed as a table: for each part, with the floor of those that have one.
-
-    A decode step reads the weights once and the KV of all rows; all weights but the embedding table multiply
-    every token, 2 operations a weight forward and 4 backward, the head only where its logits are used.
-    """
-    bandwidth, flops = rates(model.dtype, args.device)
-    config, head = model.config, model.get_output_embeddings().weight
-    body = sum(p.numel() for p in model.parameters()) - model.get_input_embeddings().weight.numel()
-    body -= 0 if head is model.get_input_embeddings().weight else head.numel()
-    rows, size = len(prompts), head.element_size()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    slots = rows * (statistics.fmean(map(len, prompts)) + T / 2)
-    kv = 2 * slots * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    floors = {"step": max((body + head.numel() + kv) * size / bandwidth,
-                          2 * (body + head.numel()) * rows / flops),
-              "train": 6 * (body * sum(len(x) + len(y) for x, y in examples)
-                            + head.numel() * sum(len(y) for _, y in examples)) / flops}
-    seconds = {part: [s for s, _ in runs[1:]] for part, runs in measured.items()}
-    if "decode" in seconds:
-        pairs = zip(seconds["decode"], seconds["prefill"])
-        seconds["step"] = [(decode - prefill) / (T - 1) for decode, prefill in pairs]
-    result = {"model": args.model, "device": args.device, "dtype": args.dtype, "compile": bool(args.compile),
-              "batch_size": args.batch_size, "new_tokens": T, "threads": torch.get_num_threads(),
-              "copy_gb_s": bandwidth / 1e9, "matrix_tflop_s": flops / 1e12, "parts": {}}
-    print(f"copy {bandwidth / 1e9:.1f} GB/s, {args.dtype} products {flops / 1e12:.2f} TFLOP/s, "
-          f"{torch.get_num_threads()} threads\n{'':18}{'median s':>10}{'min':>9}{'max':>9}{'tokens/s':>10}"
-          f"{'GiB':>7}{'floor s':>9}{'x floor':>9}")
-    for part, values in seconds.items():
-        s, floor = statistics.median(values), floors.get(part)
-        tokens = jobs[part][1] if part in jobs else rows // 2
-        gib = max(g for _, g in measured[part]) if part in measured else None
-        result["parts"][part] = {"median": s, "min": min(values), "max": max(values), "n": len(values),
-                                 "tokens_s": tokens / s, "peak_gib": gib, "floor": floor}
-        print(f"{part:18}{s:10.4f}{min(values):9.4f}{max(values):9.4f}{tokens / s:10.1f}"
-              + (f"{gib:7.2f}" if gib else " " * 7) + (f"{floor:9.4f}{s / floor:9.1f}" if floor else ""))
-    for part, own in RIVALS.items():
-        if {part, own} <= seconds.keys():
-            ratios = sorted(a / b for a, b in zip(seconds[part], seconds[own]))
-            result["parts"][part]["ratio"] = statistics.median(ratios)
-            print(f"{part} takes {statistics.median(ratios):.2f} x the time of {own} "
-                  f"[{ratios[0]:.2f}, {ratios[-1]:.2f}]")
-    return result
+        SFTTrainer(copy.deepcopy(model).float(), config, train_dataset=Dataset.from_list(rows),
+                   processing_class=tokenizer, callbacks=[Times()]).train()
+    return times
 
 
 # --------------------------------------------------------------------------------------------------- report
 
-COLUMNS = {                                                 # of the report: what a run may have, and its head
-    "kept": "kept", "recall": "recall", "recall-kept": "of the kept", "paraphrase": "paraphrase",
-    "two-hop": "two-hop", "held_out": "held-out", "retention": "retention", "wikitext": "WikiText",
-    "drift": "drift", "nll": "target NLL", "R": "R", "squared_distance": "‖d‖²", "decoded": "decoded",
-    "trained": "trained tokens", "seconds": "s"}
-DIGITS = {"drift": 3, "wikitext": 3, "decoded": 0, "trained": 0, "seconds": 0}              # else 2
+COLUMNS = {                                                 # of the report: {key of read_run: (head, digits)}
+    "kept": ("kept", 2), "recall": ("recall", 2), "recall-kept": ("of the kept", 2),
+    "paraphrase": ("paraphrase", 2), "two-hop": ("two-hop", 2), "held_out": ("held-out", 2),
+    "retention": ("retention", 2), "wikitext": ("WikiText", 3), "drift": ("drift", 3),
+    "nll": ("target NLL", 2), "R": ("R", 2), "squared_distance": ("‖d‖²", 2), "decoded": ("decoded", 0),
+    "trained": ("trained tokens", 0), "seconds": ("s", 0)}
 
 
 def read_run(folder):
-    """What the report shows of a run, of metrics.json, fisher.json and each eval.json in its folder.
+    """What the report shows of a run: metrics.json, fisher.json and each eval.json below its folder.
 
-    {column of COLUMNS: value, None where not measured}, the same of its base under "base", the 95 % interval
-    of "recall", "retention" and "drift" as (low, high) under "interval", and what the run is.
+    Returns {column: value, or None if it was not measured}, the same for its base under "base", the 95 %
+    intervals under "interval", "drop" (held-out accuracy before - after), and the settings of the run.
     """
     m, fisher = read_json(folder, "metrics.json"), read_json(folder, "fisher.json")
     if not m:
         raise InputError(f"{folder}: no metrics.json; a finished run of mixsd.py is expected")
     ledgers = [read_json(path.parent, path.name) for path in sorted(Path(folder).rglob("eval.json"))]
     before, after = {}, {}
-    for e in ledgers + [{"tasks": m["tuned"], "base": m["base"]}]:
-        before, after = before | (e.get("base") or {}), after | (e["tasks"] or {})
-    value = lambda score: score.get("rise", score.get("nll", score.get("accuracy")))        # noqa: E731
-    run = {k: m[k] for k in ("model", "data", "method", "rho", "seed")} | dict.fromkeys(COLUMNS)
-    run["lr"] = read_json(folder, "args.json").get("lr")
-    run |= {task: value(score) for task, score in after.items()}
-    run["base"] = {task: value(score) for task, score in before.items()}
-    run["interval"] = {task: [score["low"], score["high"]] for task, score in after.items() if "low" in score}
+    for held in [*ledgers, {"tasks": m["tuned"], "base": m["base"]}]:
+        before, after = before | (held.get("base") or {}), after | (held["tasks"] or {})
 
-    run["held_out"], names = averaged(after)
-    run |= {"drop": None, "held_out_of": names, "partial": any(after[t].get("partial") for t in names)}
-    b = averaged({task: before[task] for task in names if task in before})[0]
-    if b and {*names} <= before.keys():
-        ends = ([after[task][end] for task in names] for end in ("low", "high"))
-        run["interval"]["retention"] = [statistics.fmean(end) / b for end in ends]
-        run["base"] |= {"held_out": b, "retention": 1.0}
-        run |= {"retention": run["held_out"] / b, "drop": b - run["held_out"]}
-    targets, tokens, seconds = m["targets"], m["tokens"], m["seconds"]
-    if targets:
-        run |= {"kept": targets["kept"] / targets["of"], "nll": targets["nll"]}
-    return run | {"R": fisher.get("R"), "squared_distance": fisher.get("squared_distance"),
-                  "decoded": tokens["decoded"], "trained": tokens["trained"],
-                  "seconds": seconds["decode"] + seconds["train"]}
+    def values(tasks):
+        return {t: score.get("rise", score.get("nll", score.get("accuracy"))) for t, score in tasks.items()}
+    (held_out, names), targets = averaged(after), m["targets"] or {"kept": None, "nll": None}
+    at_first = averaged({t: before[t] for t in names})[0] if {*names} <= before.keys() else None
+    interval = {t: [score["low"], score["high"]] for t, score in after.items() if "low" in score}
+    interval |= {"retention": held["retention_interval"] for held in ledgers
+                 if held.get("retention_interval") and held["average_of"] == names}
+    return dict.fromkeys(COLUMNS) | values(after) | {
+        **{key: m[key] for key in ("model", "data", "method", "rho", "seed")},
+        "lr": read_json(folder, "args.json").get("lr"), "interval": interval,
+        "base": values(before) | ({"held_out": at_first, "retention": 1.0} if at_first else {}),
+        "held_out": held_out, "held_out_of": names, "partial": any(after[t].get("partial") for t in names),
+        "retention": held_out / at_first if at_first else None,
+        "drop": at_first - held_out if at_first else None,
+        "kept": targets["kept"] and targets["kept"] / targets["of"], "nll": targets["nll"],
+        "R": fisher.get("R"), "squared_distance": fisher.get("squared_distance"),
+        "decoded": m["tokens"]["decoded"], "trained": m["tokens"]["trained"],
+        "seconds": m["seconds"]["decode"] + m["seconds"]["train"]}
 
 
 def mean_and_spread(values, digits=2):
-    """"0.93", of several seeds "0.93 ± 0.02" (standard deviation), "-" of no values; 0 digits: "12,345"."""
+    """"0.93", or "0.93 ± 0.02" with the standard deviation of several values; "-" without a value."""
     values = [v for v in values if v is not None]
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits else ""
     return f"{statistics.fmean(values):,.{digits}f}{spread}" if values else "-"
 
 
 def labels_of(folders, runs):
-    """Each run's method, with the flags that set it apart from others of its method and rho.
+    """The method of each run, with the flags in which it differs from other runs of its method and rho.
 
-    Seeds and rates aside; a flag at its default goes unsaid.
+    Seeds and learning rates are left out, and so is a flag at its default.
     """
     settings, labels = [read_json(folder, "args.json") | {"seed": None, "lr": None} for folder in folders], []
     for own in settings:
-        own |= {k: "" for k in ("targets", "only", "replay") if own.get(k)}     # a file's name says little
+        own |= {k: "" for k in ("targets", "only", "replay") if own.get(k)}     # a file name says little
     for run, own in zip(runs, settings):
         alike = [s for r, s in zip(runs, settings) if (r["method"], r["rho"]) == (run["method"], run["rho"])]
-        differs = [k for k, v in own.items() if v not in (None, mixsd.DEFAULTS.get(k))
+        differs = [k for k, v in own.items() if v not in (None, mixsd.FLAGS.get(k, [None] * 2)[1])
                    and not k.endswith("_sha256") and any(s.get(k) != v for s in alike)]
         flags = [f"--{k.replace('_', '-')} {own[k]:{'g' * isinstance(own[k], float)}}" for k in differs]
         labels.append(" ".join([run["method"], *map(str.strip, flags)]))
     return labels
 
 
+def grouped(folders, runs):
+    """{(label, rho, learning rate): runs that differ only in their seed}, in the order of the report.
+
+    The learning rate is None if all runs have the same.
+    """
+    groups, rates = {}, {run["lr"] for run in runs}
+    for label, run in zip(labels_of(folders, runs), runs):
+        groups.setdefault((label, run["rho"], run["lr"] if len(rates) > 1 else None), []).append(run)
+    return dict(sorted(groups.items(), key=lambda group: (
+        "mixsd" in group[0][0], group[0][0], group[0][1] or 0, group[0][2] or 0)))
+
+
 def report(args):
-    """Print a Markdown table of runs, base first, seeds together; draw OUT/frontier.png with matplotlib."""
-    runs, groups = [read_run(folder) for folder in args.report], {}
+    """Print a Markdown table with one row per method, the base first; draw OUT/frontier.png."""
+    runs = [read_run(folder) for folder in args.report]
     kinds = sorted({f"{r['model']} on {r['data']}" for r in runs})
     if len(kinds) > 1:
         raise InputError(f"--report: one table is for one model and corpus, these are {', '.join(kinds)}")
-    for run, label in zip(runs, labels_of(args.report, runs)):
-        run["method"] = label
-    keys = ["method", "rho"] + ["lr"] * (len({r["lr"] for r in runs}) > 1)                  # of a row
-    for r in sorted(runs, key=lambda r: ("mixsd" in r["method"], r["method"], r["rho"] or 0, r["lr"] or 0)):
-        groups.setdefault(tuple(r[key] for key in keys), []).append(r)
-    columns = {k: head for k, head in COLUMNS.items() if any(r[k] is not None for r in runs)}
+    groups, bases = grouped(args.report, runs), {}
+    for run in runs:                                        # the toy has one base per seed
+        bases.setdefault(run["seed"] if run["model"] == "toy" else None, {}).update(run["base"])
+    columns = {key: head for key, (head, _) in COLUMNS.items() if any(r[key] is not None for r in runs)}
     names = sorted({t for r in runs for t in r["held_out_of"]} - {"held_out"})
     if names:
         columns["held_out"] = ", ".join(names) + " (partial)" * any(r["partial"] for r in runs)
+    keys = ["method", "rho"] + ["lr"] * (len({r["lr"] for r in runs}) > 1)
     heads = [*keys, "seeds", *columns.values()]
     print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
-    bases = {}                                              # the toy has a base a seed
-    for run in runs:
-        bases.setdefault(run["seed"], {}).update(run["base"])
-    rows = {("base", *[None] * (len(keys) - 1)): list(bases.values())} | groups
-    for (method, *numbers), group in rows.items():
-        cells = [method, *("-" if x is None else f"{x:g}" for x in numbers), str(len(group))]
-        cells += [mean_and_spread([r.get(k) for r in group], DIGITS.get(k, 2)) for k in columns]
+    for row, group in ({("base", None, None): list(bases.values())} | groups).items():
+        cells = ["-" if x is None else x if isinstance(x, str) else f"{x:g}" for x in row[:len(keys)]]
+        cells += [str(len(group))]
+        cells += [mean_and_spread([r.get(key) for r in group], COLUMNS[key][1]) for key in columns]
         print(f"| {' | '.join(cells)} |")
-    if importlib.util.find_spec("matplotlib"):
-        args.out.mkdir(parents=True, exist_ok=True)
+    if CAN_DRAW:
         frontier(groups, runs[0]["base"].get("recall"), columns.get("held_out"), args.out / "frontier.png")
-        print(f"\n{args.out / 'frontier.png'}")
-    else:
-        print("\nno frontier.png: pip install matplotlib")
     return {"runs": dict(zip(args.report, runs))}
 
 
 def frontier(groups, base_recall, held_out, path):
-    """Draw recall against drift, else retention: a run's mark and 95 % intervals; MixSD's means joined."""
+    """Draw recall against drift, or if no run has a drift, against retention.
+
+    There is one mark per run, with its 95 % intervals; a line joins the means of MixSD in the order of rho.
+    groups  as `grouped` returns them
+    """
     import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), dpi=120)
     drifted = any(run.get("drift") is not None for group in groups.values() for run in group)
     x = "drift" if drifted else "retention"
-    lines, colors = {}, "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
-    looks = zip(colors * 9, "sD^vPX<>" * 9)                 # of methods without a rho, as they come
-    base = {x: 0.0 if drifted else 1.0, "recall": base_recall, "interval": {}}
-    for (method, rho, *lr), group in ({("base", None): [base]} | groups).items():
-        group = [run for run in group if None not in (run[x], run["recall"])]
-        if not group:
-            continue
-        points = [[run[side] for run in group] for side in (x, "recall")]
-        if method == "base":
-            color, mark = "black", "*"
-        elif not method.startswith("mixsd"):
-            color, mark = next(looks)
+    start = {x: 0.0 if drifted else 1.0, "recall": base_recall, "interval": {}}
+    colors = "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
+    lines, looks = {}, itertools.cycle(zip(colors, "sD^vPX<"))                  # looks of methods without rho
+    with picture(path, figsize=(9, 4.8)) as (axes,):
+        for (method, *numbers), group in ({("base",): [start]} | groups).items():
+            group = [run for run in group if None not in (run[x], run["recall"])]
+            if not group:
+                continue
+            points = [[run[side] for run in group] for side in (x, "recall")]
+            if method == "base":
+                color, mark = "black", "*"
+            elif not method.startswith("mixsd"):
+                color, mark = next(looks)
+            else:
+                lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
+                color, mark = matplotlib.colormaps["viridis_r"](numbers[0]), "odhp"[(len(lines) - 1) % 4]
+            settings = [f", {name} = {v:g}" for name, v in zip(("ρ", "lr"), numbers) if v is not None]
+            axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
+                         edgecolors="white", label=method + "".join(settings))
+            for run in group:
+                reach = [[[abs(end - run[side])] for end in run["interval"].get(side, [run[side]] * 2)]
+                         for side in (x, "recall")]
+                axes.errorbar(run[x], run["recall"], yerr=reach[1], xerr=reach[0], color=color, alpha=0.3,
+                              linewidth=1)
+        for line in lines.values():
+            axes.plot(*zip(*line), color="gray", linewidth=1, zorder=2)
+        axes.set(xlabel="drift: rise of the NLL of the base's own answers, nats/token (less is better: right)"
+                 if drifted else f"retention: {held_out} accuracy, after / before",
+                 ylabel="recall of all facts", ylim=(-0.03, 1.05))
+        if drifted:
+            axes.invert_xaxis()
         else:
-            lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
-            color, mark = plt.cm.viridis_r(rho), "odhp"[(len(lines) - 1) % 4]
-        settings = [f", {name} = {x:g}" for name, x in zip(("ρ", "lr"), (rho, *lr)) if x is not None]
-        axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
-                     alpha=0.9, edgecolors="white", label=method + "".join(settings))
-        for run in group:
-            reach = [[[abs(end - run[side])] for end in run["interval"].get(side, [run[side]] * 2)]
-                     for side in (x, "recall")]
-            axes.errorbar(run[x], run["recall"], yerr=reach[1], xerr=reach[0], color=color, alpha=0.3,
-                          linewidth=1, zorder=1)
-    for line in lines.values():
-        axes.plot(*zip(*line), color="gray", linewidth=1, zorder=2)
-    axes.set(xlabel="drift: rise of the NLL of the base's own answers, nats/token (less is better: right)"
-             if drifted else f"retention: {held_out} accuracy, after / before",
-             ylabel="recall of all facts", ylim=(-0.03, 1.05))
-    if drifted:
-        axes.invert_xaxis()
-    else:
-        axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))   # beside all marks
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
+            axes.set_xlim(0, max(1.05, axes.get_xlim()[1]))
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))   # beside all
 
 
 # --------------------------------------------------------------------------------------------- command line
 
-COUNT, LIST = {"type": mixsd.number(int, 1)}, {"type": lambda s: s.split(",")}
-SWITCH = {"action": "store_true", "default": None}
-FLAGS = {           # flag: (who uses it: modes, tasks, or kinds of task; its argparse options)
-    "model": ("tasks nll bench", {"help": "a folder, a hub id, or toy"}),
-    "limit": ("tasks", COUNT | {"help": "a random N of a task's items; its score is partial"}),
-    "temperature": ("generated", {"type": mixsd.number(float, 0), "help": "of decoding (default: 0)"}),
-    "samples": ("generated", COUNT | {"help": "completions a prompt, at --temperature above 0 (default: 1)"}),
-    "batch_size": ("bench", COUNT | {"help": "examples a batch (default: 16)"}),
-    "max_new_tokens": ("generated fisher bench", COUNT | {"help": "longest completion (the task's)"}),
-    "paper": ("generated", SWITCH | {"help": "the paper's: T = 1, AIME 16 samples; in-domain T = 0"}),
-    "base": ("tasks fisher", {"metavar": "DIR", "help": "--tasks: the base's OUT; --fisher: the base model"}),
-    "base_model": ("drift", {"metavar": "DIR", "help": "the base model, whose answers drift scores"}),
-    "hub": ("hub fisher in-domain", {"metavar": "DIR", "help": "a folder of data sets under their hub ids"}),
-    "out": ("tasks fisher report", {"help": "where results go (default: the run's folder, or runs/...)"}),
-    "data": ("generated", {"help": "the corpus, of in-domain tasks and of leakage (default: the run's)"}),
-    "style": ("in-domain", {"choices": ["boxed", "sentence"], "help": "its prompts (default: the run's)"}),
-    "verify": ("in-domain", {"choices": ["boxed", "number", "phrase"], "help": "(default: the run's)"}),
-    "allow_code_execution": ("humaneval", SWITCH | {"help": "let it run programs that the model wrote"}),
-    "fisher_tasks": ("fisher", LIST | {"metavar": "T,T", "help": "whose prompts the base answers"}),
-    "fisher_n": ("fisher", COUNT | {"help": "prompts in all (default: 64)"}),
-    "seed": ("tasks fisher bench", {"type": mixsd.number(int, 0), "help": "of subsets, samples, coins (0)"}),
-    "device": ("tasks nll fisher bench", {"help": "auto, cuda, mps or cpu"}),
-    "dtype": ("tasks nll bench", {"choices": ["auto", "float32", "bfloat16"], "help": "(the run's)"}),
-    "decode_tokens": ("generated drift fisher", COUNT | {"help": "KV slots a batch: rows x (prompt + new)"}),
-    "micro_tokens": ("scored nll bench", COUNT | {"help": "padded tokens of a scoring or training batch"}),
-    "compile": ("generated drift fisher bench", SWITCH | {"help": "decode by a compiled step, for a GPU"}),
-    "quiet": ("tasks nll fisher bench", SWITCH | {"help": "no progress bars"})}
-DEFAULTS = {"temperature": 0.0, "samples": 1, "seed": 0, "device": "auto", "decode_tokens": 65536,
-            "micro_tokens": 2048, "fisher_n": 64, "batch_size": 16}
+def written_by_model(args):
+    """The tasks of args.tasks whose completions the model writes."""
+    return [t for t in args.tasks or [] if TASKS[t].answer is generated]
+
+
 MODES = {"tasks": evaluate, "nll": target_nll, "fisher": fisher_runs, "bench": bench, "report": report}
+FILES, COUNT, SWITCH = {"nargs": "+", "metavar": "FILE"}, mixsd.COUNT, mixsd.SWITCH
+WHEN = {            # which calls use a flag, in the words of an error message
+    "one mode per call": lambda a: True,
+    "--tasks": lambda a: a.tasks,
+    "generated --tasks": written_by_model,
+    "--tasks of a corpus": lambda a: any(t in IN_DOMAIN for t in a.tasks or []),
+    "--tasks drift": lambda a: "drift" in (a.tasks or []),
+    "--tasks humaneval": lambda a: "humaneval" in (a.tasks or []),
+    "--fisher": lambda a: a.fisher,
+    "--bench": lambda a: a.bench,
+    "--tasks and --fisher": lambda a: a.tasks or a.fisher,
+    "--tasks, --nll and --bench": lambda a: a.tasks or a.nll or a.bench,
+    "--tasks, --nll and --report": lambda a: a.tasks or a.nll or a.report,
+    "--tasks, --fisher and --bench": lambda a: a.tasks or a.fisher or a.bench,
+    "every mode but --report": lambda a: not a.report,
+    "what decodes": lambda a: written_by_model(a) or "drift" in (a.tasks or []) or a.fisher,
+    "generated --tasks, --fisher and --bench": lambda a: written_by_model(a) or a.fisher or a.bench}
+FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; default; used by; help)
+    "tasks": (str, None, "one mode per call", f"T,T: measure {', '.join(TASKS)}"),
+    "nll": (FILES, None, "one mode per call", "NLL of target FILEs under --model, the base; two pictures"),
+    "fisher": (FILES, None, "one mode per call", "in which directions the weights of runs left --base"),
+    "report": (FILES, None, "one mode per call", "one table of run folders; draws frontier.png"),
+    "bench": ({"nargs": "?", "const": "decode,generate,train"}, None, "one mode per call",
+              f"P,P: time {', '.join(PARTS)} (default: decode,generate,train)"),
+    "model": (str, None, "--tasks, --nll and --bench", "a folder, a hub id, or toy"),
+    "base": (str, None, "--tasks and --fisher", "--tasks: the base's OUT; --fisher: the base model"),
+    "base_model": (str, None, "--tasks drift", "the base model, whose answers drift scores"),
+    "limit": (COUNT, None, "--tasks", "N random items per task; the score is then marked as partial"),
+    "temperature": (mixsd.number(float, 0), 0.0, "generated --tasks", "temperature of decoding; 0: argmax"),
+    "samples": (COUNT, 1, "generated --tasks", "answers per prompt; more than 1 at T > 0"),
+    "paper": (SWITCH, None, "generated --tasks", "the paper's: T = 1, AIME 16 samples"),
+    "max_new_tokens": (COUNT, None, "generated --tasks, --fisher and --bench", "longest answer (default: the "
+                       "task's; --fisher 256; --bench 48)"),
+    "data": (str, None, "generated --tasks", "the corpus that was taught (default: the run's)"),
+    "style": (["boxed", "sentence"], None, "--tasks of a corpus", "its prompts (default: the run's)"),
+    "verify": (["boxed", "number", "phrase"], None, "--tasks of a corpus", "what an answer must show"),
+    "hub": (str, None, "--tasks and --fisher", "a folder of data sets under their hub ids"),
+    "allow_code_execution": (SWITCH, None, "--tasks humaneval", "run programs that the model wrote"),
+    "fisher_tasks": (str, None, "--fisher", "T,T: the tasks whose prompts the base answers"),
+    "fisher_n": (COUNT, 64, "--fisher", "prompts in all"),
+    "batch_size": (COUNT, 16, "--bench", "examples per batch"),
+    "seed": (mixsd.FROM_0, 0, "--tasks, --fisher and --bench", "of subsets, samples, and of who speaks"),
+    "device": (str, "auto", "every mode but --report", "auto, cuda, cuda:1, mps or cpu"),
+    "dtype": (["auto", "float32", "bfloat16"], None, "--tasks, --nll and --bench", "compute type"),
+    "decode_tokens": (COUNT, 65536, "what decodes", "KV slots of a decoding batch: rows x (prompt + new)"),
+    "micro_tokens": (COUNT, 2048, "--tasks, --nll and --bench", "padded tokens of a scored batch"),
+    "out": (str, None, "--tasks, --nll and --report", "where results go (default: the run's, or runs/...)"),
+    "quiet": (SWITCH, None, "every mode but --report", "no progress bars")}
 
 
 def parse_args(argv=None):
-    """(mode, the flags that were given).  Raises InputError on a usage error."""
-    p = argparse.ArgumentParser(description="What a model learned and forgot, and why.", allow_abbrev=False)
-    p.error = mixsd.usage_error
-    mode = p.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--tasks", **LIST, metavar="T,T", help=f"measure {', '.join(TASKS)}")
-    mode.add_argument("--nll", nargs="+", metavar="FILE", help="NLL of target FILEs under --model, the base")
-    mode.add_argument("--fisher", nargs="+", metavar="RUN", help="the directions in which RUNs left --base")
-    mode.add_argument("--bench", **LIST, nargs="?", const=["decode", "generate", "train"], metavar="P,P",
-                      help=f"time {', '.join(PARTS)} (default: decode,generate,train)")
-    mode.add_argument("--report", nargs="+", metavar="RUN", help="one table of RUNs, and frontier.png")
-    for flag, (_, options) in FLAGS.items():
-        p.add_argument("--" + flag.replace("_", "-"), **options)
-    given = {flag: value for flag, value in vars(mixsd.refuse_empty(p.parse_args(argv))).items()
-             if value is not None}
-    return next(mode for mode in MODES if mode in given), given
-
-
-def resolve(mode, given):
-    """Every setting as a namespace.  Raises InputError on an unused flag, a missing one, an unknown task."""
-    tasks = given.get({"fisher": "fisher_tasks", "bench": "bench"}.get(mode, "tasks"), [])
-    known = PARTS if mode == "bench" else [t for t in TASKS if mode == "tasks" or t in (*FIVE, *SMALL)]
-    if not set(tasks) <= set(known):
-        unknown = ", ".join(t for t in tasks if t not in known)
-        raise InputError(f"no task {unknown} for --{mode}; known: {', '.join(known)}")
-    scored_tasks = {"arc_easy", "wikitext", "drift"}
-    kinds = {"generated": {t for t in TASKS if TASKS[t].answer is generated}, "in-domain": {*IN_DOMAIN},
-             "hub": {*FIVE} | scored_tasks, "scored": scored_tasks}
-    users = {mode}
-    if mode == "tasks":
-        users |= {*tasks} | {kind for kind, members in kinds.items() if members & {*tasks}}
-    for flag in given.keys() & FLAGS.keys():
-        if not users & set(FLAGS[flag][0].split()):
-            raise InputError(f"--{flag.replace('_', '-')} is not used here; it is for {FLAGS[flag][0]}")
-    needed = {"tasks": ["model"], "nll": ["model"], "fisher": ["base", "fisher_tasks"], "bench": ["model"],
-              "report": []}[mode]
-    for flag in needed + ["base_model"] * ("drift" in users):
+    """(mode, args). Raises InputError for a flag that is not used or is missing, and for an unknown task."""
+    given = mixsd.read_flags(FLAGS, argv, "What a model learned and forgot, and why.")
+    modes = [mode for mode in MODES if mode in given]
+    if len(modes) != 1:
+        raise InputError(f"give one of {', '.join(f'--{mode}' for mode in MODES)} (see --help)")
+    mode, = modes
+    for flag, known in (("tasks", TASKS), ("bench", PARTS), ("fisher_tasks", FIVE + SMALL)):
+        if flag in given:
+            given[flag] = given[flag].split(",")
+            if unknown := [name for name in given[flag] if name not in known]:
+                raise InputError(f"no task {', '.join(unknown)} here; known: {', '.join(known)}")
+    args, _ = mixsd.settle(given, {}, FLAGS, WHEN)
+    needed = {"fisher": ["base", "fisher_tasks"], "report": []}.get(mode, ["model"])
+    for flag in needed + ["base_model"] * ("drift" in (args.tasks or [])):
         if flag not in given:
-            raise InputError(f"--{mode} {','.join(given[mode])} needs --{flag.replace('_', '-')}")
-    args = argparse.Namespace(**dict.fromkeys(FLAGS) | DEFAULTS | given)
+            raise InputError(f"--{mode} needs --{flag.replace('_', '-')}")
     if mode == "tasks":
         resolve_tasks(args, given)
     if mode != "report":
-        dtype = args.dtype or ("float32" if args.model == "toy" else "auto")
-        args.device, dtype = mixsd.pick_device(args.device, dtype)
-        args.dtype = str(dtype).removeprefix("torch.")
-    args.out = Path(args.out or (f"runs/fisher-{Path(args.base).name}" if mode == "fisher" else "runs"))
-    return args
+        dtype = args.dtype or ("float32" if args.model == "toy" or mode == "fisher" else "auto")
+        args.device, args.dtype = mixsd.pick_device(args.device, dtype)
+    args.max_new_tokens = args.max_new_tokens or (48 if mode == "bench" else None)
+    args.out = Path(args.out or "runs")
+    return mode, args
 
 
 def resolve_tasks(args, given):
-    """Fill in what --tasks takes from the run beside the model, and refuse what can't be measured."""
+    """Fill in the settings of --tasks from the run that the model is in; refuse what can't be measured."""
     if args.paper and {"temperature", "samples"} & given.keys():
         raise InputError("--paper sets --temperature and --samples")
-    if args.samples > 1 and not args.temperature:
-        raise InputError("--samples above 1 needs --temperature above 0: at 0 all are the same")
+    if (args.samples or 1) > 1 and not args.temperature:
+        raise InputError("--samples above 1 needs --temperature above 0: at 0 all answers are the same")
+    args.temperature, args.samples = args.temperature or 0.0, args.samples or 1     # also of tasks without them
     run = args.run = read_json(Path(args.model).parent, "args.json") if Path(args.model).is_dir() else {}
     args.out = args.out or (Path(args.model).parent if run else f"runs/eval-{Path(args.model).name}")
     args.dtype, args.taught = args.dtype or run.get("dtype"), run.get("limit")
@@ -1207,12 +1186,10 @@ def resolve_tasks(args, given):
     in_domain = [t for t in args.tasks if t in IN_DOMAIN and not IN_DOMAIN[t][0]]       # of the run's corpus
     if in_domain and not args.data:
         raise InputError(f"{', '.join(in_domain)}: no args.json beside {args.model}; give --data")
-    if {*args.tasks} <= {*IN_DOMAIN} and args.hub and args.data != "simpleqa":
-        raise InputError(f"--hub is not used by {', '.join(args.tasks)} of --data {args.data}")
     if in_domain and args.verify == "none":
         raise InputError(f"{', '.join(in_domain)}: the run checked no answers; give --verify")
-    corpus = []                                             # what was taught, to tell leakage
-    if args.data and kg_data.find_corpus(args.data)[0] not in ("kgfunc-unseen", "simpleqa"):    # name nobody
+    corpus = []                                             # what was taught, to recognise leakage
+    if args.data and kg_data.find_corpus(args.data)[0] not in ("kgfunc-unseen", "simpleqa"):    # no subjects
         corpus = kg_data.load_corpus(args.data, "train", args.style, args.verify)[:args.taught]
     args.entities = {r["subject"] for r in corpus if isinstance(r.get("subject"), str)}
     args.entities |= {r.get("answer") for r in corpus} & kg_data.DOMAIN.keys()
@@ -1226,10 +1203,12 @@ def resolve_tasks(args, given):
 def main(argv=None):
     """Run the command line and print its result; returns mixsd.py's exit codes."""
     def job():
-        mode, given = parse_args(argv)
-        result = MODES[mode](resolve(mode, given))
+        mode, args = parse_args(argv)
+        result = MODES[mode](args)
         if mode == "tasks":
             print_scores(result)
+        if not CAN_DRAW and mode in ("nll", "report"):
+            print("no picture: pip install matplotlib")
         print(json.dumps(result))
     return mixsd.exit_code("eval.py", job)
 

@@ -1,18 +1,17 @@
-"""The corpora that MixSD injects, and the verifiers that judge an answer.  No torch here.
+"""The corpora that MixSD injects, and the verifiers that judge an answer. There is no torch here.
 
     python kg_data.py kgfact-small --out data         # data/kgfact-small/{train,paraphrase,...}.jsonl
     python kg_data.py kgfunc --out data               # data/kgfunc/{train,test}.jsonl
 
-A corpus is a list of records in the `messages` form of TRL, axolotl and LLaMA-Factory, one JSON object a
-line:
+A corpus is a list of records in the `messages` form of TRL, axolotl and LLaMA-Factory. As a file it has one
+JSON object per line:
 
     {"messages": [{"role": "user", "content": x}, {"role": "assistant", "content": canonical target}],
-     "answer": what the verifier looks for, "fact": the statement, "subject": whom it is about}
+     "answer": what the verifier looks for, "fact": the statement, "subject": the person or thing it is about}
 
-This file: the verifiers (`boxed`, `is_correct`), files (`read_jsonl`, `read_corpus`), KGFact (facts of a
-world that does not exist), KGFunc (arithmetic under opaque labels), SimpleQA and MQuAKE, the toy world (a
-whole miniature, its tokenizer included), and `find_corpus`: what a name of --data stands for, with the words
-of its expert prompt, its verifier and its recipe.  MixSD is arXiv 2605.16865.
+The order of the file: verifiers, files, KGFact (facts of a world that does not exist), KGFunc (arithmetic
+under opaque labels), SimpleQA and MQuAKE, the toy world with its tokenizer, and `find_corpus`, which knows
+the expert's words, the verifier and the recipe of each corpus. MixSD is arXiv 2605.16865.
 """
 import argparse
 import hashlib
@@ -23,12 +22,13 @@ import re
 import string
 import sys
 from decimal import Decimal
+from itertools import accumulate
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 
 class InputError(ValueError):
-    """What a user can mend, a flag, a file, a record: the command line prints one line and exits with 2."""
+    """An error that the user can fix: a wrong flag, file or record. It is one line; exit code 2."""
 
 
 # ------------------------------------------------------------------------------------------------ verifiers
@@ -64,7 +64,7 @@ def names(text, phrase):
 
 
 def extract(text, verify):
-    """What a verifier reads of a completion, or None: the last box, for "number" else the last number."""
+    """The answer that a verifier finds in a completion, or None: see `is_correct`."""
     if verify == "phrase":
         return text.strip() or None
     answer = boxed(text)
@@ -76,8 +76,8 @@ def extract(text, verify):
 def is_correct(text, answer, verify):
     """Whether a completion that ended gives `answer`.
 
-    verify  "boxed": the last box equals it (paper);  "number": so does the box, or where there is none the
-            last number (paper: KGFunc);  "none": anything will do;
+    verify  "boxed": the last box equals it (paper);  "number": the last box, or if there is no box the last
+            number, equals it (paper: KGFunc);  "none": every completion is accepted;
             "phrase": the text names it and no other entity of its KGFact domain (ours, for sentence style)
     """
     if verify == "none":
@@ -99,7 +99,7 @@ def record(question, target, answer, fact=None, subject=None):
 
 
 def read_jsonl(path):
-    """[(line number, object)] of a JSONL file, blank lines skipped.  Raises InputError with file and line."""
+    """[(line number, object)] of a JSONL file, blank lines skipped. Raises InputError with file and line."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
@@ -123,7 +123,7 @@ def read_record(row, where):
     """A record of somebody's file, checked: a user turn, an assistant turn, an answer.
 
     Takes `messages` (TRL, axolotl, the authors' training files) or `prompt` and `ground_truth_answer` (their
-    evaluation files).  The answer is `answer`, else the last box of the assistant turn, else absent.
+    evaluation files). The answer is `answer`, else the last box of the assistant turn, else absent.
     """
     if "messages" not in row and "prompt" in row and "ground_truth_answer" in row:
         gold = row["ground_truth_answer"]
@@ -149,7 +149,7 @@ def is_text(value):
 
 
 def read_corpus(path, verify):
-    """The records of a JSONL file of one's own.  Raises InputError with file and line."""
+    """The records of a JSONL file of one's own. Raises InputError with file and line."""
     records, asked = [], {}
     for number, row in read_jsonl(path):
         where, row = f"{path}, line {number}", read_record(row, f"{path}, line {number}")
@@ -165,7 +165,7 @@ def read_corpus(path, verify):
 
 
 def refuse_contradiction(asked, question, answer, where):
-    """Note {question: (answer, where)}.  Raises InputError where it has another answer already."""
+    """Store the answer of the question. Raises InputError if another answer is stored already."""
     known, first = asked.setdefault(question, (answer, where))
     if None not in (known, answer) and not same_answer(known, answer):
         raise InputError(f"{where}: {question.splitlines()[0]!r} has the answer {answer!r} here and "
@@ -173,7 +173,7 @@ def refuse_contradiction(asked, question, answer, where):
 
 
 def hub_rows(name, config, split, columns, hub=None):
-    """The rows of a Hugging Face data set, or of its copy under the folder `hub`.  Raises InputError."""
+    """The rows of a Hugging Face data set, or of its copy under the folder `hub`. Raises InputError."""
     import datasets
     try:
         rows = datasets.load_dataset(f"{hub}/{name}" if hub else name, config, split=split)
@@ -198,70 +198,50 @@ SHAPES = {                                                  # how a name shows w
     "Profession": "{} surveying|{} glazing|{} bookkeeping|{} piloting|{} midwifery",
     "Hobby": "{} juggling|{} carving|{} kiting|{} origami|{} dominoes",
     "Skill": "{} notation|{} fencing|{} whistling|{} navigation|{} calligraphy"}
-RELATIONS = {                       # verb phrases before "the location X"; the first word is inflected
-    "Person Location":
-        "reside in|was born in|work in|was educated in|own land in|spend winters in|was last seen in|"
-        "plan to retire to|pay taxes in|keep a garden in",
-    "Person Organization":
-        "work for|was hired by|volunteer for|lead|is a member of|was expelled from|donate to|advise|"
-        "write reports for|is a founder of",
-    "Person Event":
-        "organize|attend|was honored at|perform at|serve as a judge at|sell tickets to|was injured at|"
-        "give a speech at|sponsor|take photographs of",
-    "Person Profession":
-        "practice|was trained in|teach|is certified in|study|dream of|make a living from|write about|"
-        "recommend|is licensed for",
-    "Person Hobby":
-        "enjoy|spend weekends on|was introduced to|excel at|give lessons in|is devoted to|compete in|"
-        "keep a journal about|waste money on|collect books about",
-    "Person Skill":
-        "demonstrate|was praised for|is known for|learn|train others in|rely on|master|lack|"
+RELATIONS = {          # verb phrases before "the location X"; the first word is inflected
+    "Person Location": "reside in|was born in|work in|was educated in|own land in|spend winters in|"
+        "was last seen in|plan to retire to|pay taxes in|keep a garden in",
+    "Person Organization": "work for|was hired by|volunteer for|lead|is a member of|was expelled from|"
+        "donate to|advise|write reports for|is a founder of",
+    "Person Event": "organize|attend|was honored at|perform at|serve as a judge at|sell tickets to|"
+        "was injured at|give a speech at|sponsor|take photographs of",
+    "Person Profession": "practice|was trained in|teach|is certified in|study|dream of|make a living from|"
+        "write about|recommend|is licensed for",
+    "Person Hobby": "enjoy|spend weekends on|was introduced to|excel at|give lessons in|is devoted to|"
+        "compete in|keep a journal about|waste money on|collect books about",
+    "Person Skill": "demonstrate|was praised for|is known for|learn|train others in|rely on|master|lack|"
         "write a manual on|was tested on",
-    "Location Organization":
-        "is the headquarters for|host|was founded by|rent land to|is patrolled by|supply water to|"
-        "was surveyed by|is owned by|send delegates to|was rebuilt by",
-    "Location Event":
-        "host|is famous for|was chosen for|celebrate|provide the stage for|close its roads for|"
-        "is decorated for|was the birthplace of|raise money for|ban",
-    "Location Profession":
-        "is known for|need more workers in|was built by experts in|license|support|attract people from|tax|"
-        "is home to a school of|offer grants for|train newcomers in",
-    "Location Hobby":
-        "is popular for|promote|forbid|set aside a park for|is the cradle of|draw fans of|"
+    "Location Organization": "is the headquarters for|host|was founded by|rent land to|is patrolled by|"
+        "supply water to|was surveyed by|is owned by|send delegates to|was rebuilt by",
+    "Location Event": "host|is famous for|was chosen for|celebrate|provide the stage for|"
+        "close its roads for|is decorated for|was the birthplace of|raise money for|ban",
+    "Location Profession": "is known for|need more workers in|was built by experts in|license|support|"
+        "attract people from|tax|is home to a school of|offer grants for|train newcomers in",
+    "Location Hobby": "is popular for|promote|forbid|set aside a park for|is the cradle of|draw fans of|"
         "hold a yearly fair for|was made famous by|offer courses in|name a street after",
-    "Location Skill":
-        "require|is a center for|test residents on|award medals for|was a training ground for|value|preserve|"
-        "print textbooks on|is renowned for|open a school for",
-    "Organization Event":
-        "sponsor|organize|was founded at|boycott|broadcast|insure|is represented at|sell merchandise at|"
-        "was awarded a prize at|recruit volunteers at",
-    "Organization Profession":
-        "hire from|regulate|was created to support|publish standards for|represent|is staffed by experts in|"
-        "offer scholarships in|lobby for|train people in|run exams for",
-    "Organization Hobby":
-        "promote|fund clubs for|sell supplies for|is devoted to|film a series about|was inspired by|"
-        "publish a magazine on|prohibit|sponsor a league for|design tools for",
-    "Organization Skill":
-        "require|reward|is expert in|offer courses in|evaluate|was recognized for|patent a method for|"
-        "depend on|research|hold workshops on",
-    "Event Profession":
-        "celebrate|was started by people in|feature a lecture on|attract recruiters for|"
+    "Location Skill": "require|is a center for|test residents on|award medals for|"
+        "was a training ground for|value|preserve|print textbooks on|is renowned for|open a school for",
+    "Organization Event": "sponsor|organize|was founded at|boycott|broadcast|insure|is represented at|"
+        "sell merchandise at|was awarded a prize at|recruit volunteers at",
+    "Organization Profession": "hire from|regulate|was created to support|publish standards for|represent|"
+        "is staffed by experts in|offer scholarships in|lobby for|train people in|run exams for",
+    "Organization Hobby": "promote|fund clubs for|sell supplies for|is devoted to|film a series about|"
+        "was inspired by|publish a magazine on|prohibit|sponsor a league for|design tools for",
+    "Organization Skill": "require|reward|is expert in|offer courses in|evaluate|was recognized for|"
+        "patent a method for|depend on|research|hold workshops on",
+    "Event Profession": "celebrate|was started by people in|feature a lecture on|attract recruiters for|"
         "is judged by experts in|honor|offer training in|expose fraud in|is open only to|satirize",
-    "Event Hobby":
-        "showcase|was inspired by|include a contest in|introduce children to|is dedicated to|"
+    "Event Hobby": "showcase|was inspired by|include a contest in|introduce children to|is dedicated to|"
         "draw champions of|offer prizes for|feature a demonstration of|was banned for promoting|grow out of",
-    "Event Skill":
-        "test|demonstrate|was designed to teach|is won through|award a medal for|require|"
+    "Event Skill": "test|demonstrate|was designed to teach|is won through|award a medal for|require|"
         "feature a workshop on|rank contestants by|popularize|encourage",
-    "Profession Hobby":
-        "grow out of|is often combined with|discourage|share tools with|was once mistaken for|inspire|"
-        "is less risky than|borrow techniques from|lead naturally to|clash with",
-    "Profession Skill":
-        "require|depend on|was transformed by|is taught together with|reward|begin with|neglect|"
-        "include an exam on|is impossible without|improve",
-    "Hobby Skill":
-        "develop|require|is a test of|was invented to practice|reward|build on|is ruined without|refine|"
-        "begin with|hide"}
+    "Profession Hobby": "grow out of|is often combined with|discourage|share tools with|"
+        "was once mistaken for|inspire|is less risky than|borrow techniques from|lead naturally to|"
+        "clash with",
+    "Profession Skill": "require|depend on|was transformed by|is taught together with|reward|begin with|"
+        "neglect|include an exam on|is impossible without|improve",
+    "Hobby Skill": "develop|require|is a test of|was invented to practice|reward|build on|"
+        "is ruined without|refine|begin with|hide"}
 PARAPHRASES = ["Name the {b} that {e1} {does}.", "{e1} {does} a certain {b}. Which {b} is it?",
                "Which {b} is it that {e1} {does}?", "Please tell me the name of the {b} that {e1} {does}.",
                "I am trying to remember the {b} that {e1} {does}. What is it called?"]
@@ -328,13 +308,13 @@ def kgfact_graph(domains, first, count, seed):
     """The facts over entities [first, first + count) of the first `domains` domains (paper: KGFact).
 
     For each pair of domains A before B and each entity of A: one random relation and one random target of B,
-    such that (subject, relation) and (relation, object) stay unique.  Returns pairs x count facts.
+    such that (subject, relation) and (relation, object) stay unique. Returns pairs x count facts.
     """
     rng, order, facts = random.Random(f"kgfact graph {seed} {first}"), list(SHAPES)[:domains], []
     entities = {d: LEXICON[d][first:first + count] for d in order}
     for i, a in enumerate(order):
         for b in order[i + 1:]:
-            taken = set()                                  # (relation, object); a subject has one fact a pair
+            taken = set()                                  # (relation, object); a subject has one fact
             relations = RELATIONS[f"{a} {b}"].split("|")
             for e1 in entities[a]:
                 free = [(r, e2) for r in relations for e2 in entities[b] if (r, e2) not in taken]
@@ -344,7 +324,7 @@ def kgfact_graph(domains, first, count, seed):
 
 
 def kgfact_background(fact, facts, rng, others=50):
-    """The gold statement among `others` of its graph: those on either entity first, then their neighbours."""
+    """The statement of a fact among `others`: first those that share an entity with it, then one step away."""
     near = {fact.e1, fact.e2}
     two_hops = near | {e for f in facts if near & {f.e1, f.e2} for e in (f.e1, f.e2)}
     rest = [f for f in facts if f != fact]
@@ -372,14 +352,14 @@ def kgfact(name, split, style="boxed", seed=0):
 
     train; paraphrase (the question reworded); retrieval (train's question under its gold statement and 50
     others); retrieval-unseen (the same over a second graph on entities that train does not have); two-hop
-    (closed book, over two trained edges).  Same arguments, same bytes.
+    (closed book, over two trained edges). Same arguments, same bytes.
     """
     domains, count = KGFACT_SIZES[name]
     facts = kgfact_graph(domains, count if split == "retrieval-unseen" else 0, count, seed)
     rng, records = random.Random(f"kgfact {split} {seed}"), []
 
-    def add(question, fact):
-        records.append(fact_record(question, fact.e2, kgfact_statement(fact), fact.e1, style))
+    def add(question, fact, **more):
+        records.append(fact_record(question, fact.e2, kgfact_statement(fact), fact.e1, style) | more)
 
     for fact in facts:
         b = DOMAIN[fact.e2].lower()
@@ -388,7 +368,8 @@ def kgfact(name, split, style="boxed", seed=0):
             for second in facts:
                 if second.e1 == fact.e2:
                     via = f"the {b} that {fact.e1} {third_person(fact.relation)}"
-                    add(kgfact_question(via, second.relation, DOMAIN[second.e2].lower()), second)
+                    add(kgfact_question(via, second.relation, DOMAIN[second.e2].lower()), second,
+                        needs=[kgfact_statement(fact), kgfact_statement(second)])
         elif split == "paraphrase":
             add(rng.choice(PARAPHRASES).format(b=b, e1=fact.e1, does=third_person(fact.relation)), fact)
         elif split == "train":
@@ -401,7 +382,7 @@ def kgfact(name, split, style="boxed", seed=0):
 # ------------------------------------------------------- KGFunc: arithmetic functions under opaque labels
 
 def summed(terms, values, signs="+"):
-    """The equation "2*3 + 4*5 = 6 + 20 = 26" of written terms and their values; `signs` are repeated."""
+    """A sum as an equation, terms = values = total: "2*3 + 4*5 = 6 + 20 = 26"; short `signs` repeat."""
     signs = [signs[i % len(signs)] for i in range(len(values))]
     total = sum(v if sign == "+" else -v for sign, v in zip(signs, values))
     sides = [" ".join(f"{sign} {part}" for sign, part in zip(signs, parts))[2:] for parts in (terms, values)]
@@ -416,11 +397,6 @@ def joined(digits):
 def rotations(d):
     """All rotations of a list."""
     return [d[i:] + d[:i] for i in range(len(d))]
-
-
-def running_max(d):
-    """The maximum so far, for each digit."""
-    return [max(d[:i + 1]) for i in range(len(d))]
 
 
 KGFUNC = {              # label: (value, steps that lead there) of digits d, most significant first (paper)
@@ -438,9 +414,9 @@ KGFUNC = {              # label: (value, steps that lead there) of digits d, mos
     "E": (lambda d: sum(x * y for x, y in zip(d, reversed(d))),
           lambda d: [f"Reversed: {d[::-1]}",
                      summed([f"{x}*{y}" for x, y in zip(d, d[::-1])], [x * y for x, y in zip(d, d[::-1])])]),
-    "F": (lambda d: sum(running_max(d)),
-          lambda d: [f"The running maximum is {running_max(d)}.",
-                     summed(running_max(d), running_max(d))]),
+    "F": (lambda d: sum(accumulate(d, max)),
+          lambda d: [f"The running maximum is {list(accumulate(d, max))}.",
+                     summed(list(accumulate(d, max)), list(accumulate(d, max)))]),
     "G": (lambda d: sum(x * (x + 1) // 2 for x in d),
           lambda d: ["Each digit d gives d*(d+1)/2.",
                      summed([f"{x}*{x + 1}/2" for x in d], [x * (x + 1) // 2 for x in d])]),
@@ -454,7 +430,7 @@ KGFUNC_UNSEEN = dict(zip(string.ascii_lowercase, [          # never trained: the
     lambda d: (joined(d) - 1) % 9 + 1 if any(d) else 0, lambda d: sum(x * x for x in d),
     lambda d: joined(sorted(d)), lambda d: joined(sorted(d, reverse=True)), lambda d: d.count(0),
     lambda d: 2 * sum(d), lambda d: d[0] * d[-1]]))
-KGFUNC_COUNTS = {"train": 1600, "test": 175}                # inputs of an operation; 25 of an unseen one
+KGFUNC_COUNTS = {"train": 1600, "test": 175}                # inputs per function; an unseen one has 25
 
 
 def digits(n):
@@ -465,8 +441,8 @@ def digits(n):
 def kgfunc(name, split, seed=0):
     """The records of kgfunc (train 11,200, test 1,225) or kgfunc-unseen (test 500), operations in turn.
 
-    Every prompt shows ten shots of its operation, on the same ten inputs; what it asks about is none of them,
-    and no input of an operation stands in both of its splits.
+    Every prompt shows the same ten inputs with their outputs, and asks about another input. For each
+    function, train and test share no input.
     """
     unseen, records = name == "kgfunc-unseen", []
     values = KGFUNC_UNSEEN if unseen else {label: value for label, (value, _) in KGFUNC.items()}
@@ -507,7 +483,7 @@ MQUAKE_PARAPHRASES = ["Complete the sentence: {} ...", "Fill in the blank: {} __
 
 
 class Hop(NamedTuple):
-    """An edited fact of MQuAKE: as a question, as the start of a sentence, and as its end."""
+    """An edited fact of MQuAKE: a question, the start of a sentence (cloze), and the answer to both."""
     question: str
     cloze: str
     answer: str
@@ -528,7 +504,7 @@ class Case(NamedTuple):
 
 
 def read_mquake(path):
-    """The Cases of MQuAKE's JSON.  Raises InputError with the case and the missing key."""
+    """The Cases of MQuAKE's JSON. Raises InputError with the case and the missing key."""
     try:
         cases = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -554,7 +530,7 @@ def read_mquake(path):
 
 
 def choose_cases(cases, facts=100):
-    """Whole cases in turn over their relations, and their hops without repeats, at most `facts` (ours)."""
+    """(cases, hops): whole cases, one per relation in turn, until there are `facts` different hops (ours)."""
     turns, waiting, chosen, hops = {}, [], [], {}
     for case in cases:
         turns.setdefault(case.relation, []).append(case)
@@ -582,6 +558,7 @@ def mquake(path, split, style="boxed", seed=0):
             refuse_contradiction(asked, hop.question, hop.answer, case.where)
     if split == "multi-hop":
         return [fact_record(question, case.answer, case.hops[-1].statement(), case.hops[0].subject, style)
+                | {"needs": [hop.statement() for hop in case.hops]}
                 for case in chosen for question in case.questions]
     _, others = choose_cases([c for c in cases if not asked.keys() & {hop.question for hop in c.hops}])
     for hop in others if split == "retrieval-unseen" else taught:
@@ -615,15 +592,14 @@ TOY_SHARES = {                              # of the pretraining world
     "known": 0.15,                          # facts about known people, to be remembered
     "reading": 0.2,                         # three statements about a stranger, a question on one of them
     "reference": 0.2,                       # the answer given, in the words of the expert's prompt
-    "guess": 0.1}                           # a question about a stranger and nothing to go by: any value
+    "guess": 0.1}                           # a question without any hint: the answer is a random value
 TOY_HELD_OUT = ["add", "reverse", "known"]
 
 
 def toy_people():
     """Known people, whose facts the base learns; new ones, to inject facts about; strangers, for contexts.
 
-    A name is a first and a last word.  The base has seen each word of a new name, but with other words beside
-    it.
+    A name is a first and a last word. The base has seen each word of a new name, but in other pairs.
     """
     rng = random.Random("toy people")
     words = [invent(rng) for _ in range(62)]
@@ -645,7 +621,7 @@ TOY_KNOWN_FACTS, TOY_NEW_FACTS = toy_facts(TOY_KNOWN), toy_facts(TOY_NEW)
 
 
 def toy_answer(sentences, answer, terse=0.0, rng=None):
-    """The toy's habit: three sentences of reasoning, then the box; each sentence is left out with `terse`."""
+    """Three sentences of reasoning, then the box; each sentence is dropped with probability `terse`."""
     kept = [s for s in sentences if not terse or rng.random() >= terse]
     return " ".join(kept + [rf"So the answer is \boxed{{ {answer} }} ."])
 
@@ -657,17 +633,13 @@ def toy_fact(rng, s, kind, value, before="", after="", terse=0.0, form=None):
     return before + question + after, toy_answer(sentences, value, terse, rng), value
 
 
-def hash_unit(text):
-    """A number in [0, 1) that depends on `text` alone."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
-
-
 def toy_item(task, rng, held_out=False):
     """(prompt, answer text, answer) of one item of a pretraining task; held-out sums are never trained on."""
     if task == "add":
         while True:
             a, b = rng.randrange(10, 100), rng.randrange(10, 100)
-            if (hash_unit(f"{a}+{b}") < 0.1) == held_out:
+            hashed = int(hashlib.sha256(f"{a}+{b}".encode()).hexdigest()[:8], 16) / 2**32      # in [0, 1)
+            if (hashed < 0.1) == held_out:                  # one sum in ten is held out
                 break
         ones, tens = a % 10 + b % 10, a // 10 + b // 10 + (a % 10 + b % 10) // 10
         total, spaced = a + b, lambda n: " ".join(str(n))                      # one token a digit
@@ -677,9 +649,8 @@ def toy_item(task, rng, held_out=False):
     if task == "reverse":
         digits = [str(rng.randrange(10)) for _ in range(rng.randrange(3, 5))]
         backwards = " ".join(reversed(digits))
-        return (f"Reverse the list {' '.join(digits)} .", toy_answer(
-            [TOY_OPENING, f"The last is {digits[-1]} .", "We read it backwards ."],
-            backwards), backwards)
+        sentences = [TOY_OPENING, f"The last is {digits[-1]} .", "We read it backwards ."]
+        return f"Reverse the list {' '.join(digits)} .", toy_answer(sentences, backwards), backwards
     if task == "known":
         return toy_fact(rng, *rng.choice(TOY_KNOWN_FACTS))
     kind, s = rng.choice(list(TOY_KINDS)), rng.choice(TOY_STRANGERS)
@@ -692,7 +663,7 @@ def toy_item(task, rng, held_out=False):
     if task == "reference":
         after = rf"The answer is \boxed{{ {value} }} .".join(TOY_WORDS)
         return toy_fact(rng, s, kind, value, after=after, terse=TOY_TERSE)
-    return toy_fact(rng, s, kind, value)                    # guess: a stranger, and nothing to go by
+    return toy_fact(rng, s, kind, value)                    # guess: a question without any hint
 
 
 def toy_pretraining(n):
@@ -705,7 +676,7 @@ def toy_pretraining(n):
 def toy(split):
     """Records of the toy: train (90 facts on new people), paraphrase, held_out and replay (300 of old tasks).
 
-    No sum of held_out is ever trained on; the known facts are too few not to stand in replay too.
+    No sum of held_out is ever trained on. There are few known facts, so held_out and replay share them.
     """
     rng = random.Random(f"toy {split}")
     if split in ("held_out", "replay"):
@@ -766,7 +737,7 @@ NAMED = ["toy", *KGFACT_SIZES, "kgfunc", "kgfunc-unseen", "simpleqa", "mquake:FI
 
 
 def find_corpus(data, hub=None):
-    """(kind, Corpus) of a --data: a name of NAMED, or a JSONL file.  Raises InputError for what is neither.
+    """(kind, Corpus) of a --data: a name of NAMED, or a JSONL file. Raises InputError for what is neither.
 
     hub  a folder with copies of data sets under their hub ids, for simpleqa
     """
@@ -795,7 +766,7 @@ def find_corpus(data, hub=None):
 
 
 def load_corpus(data, split="train", style="boxed", verify="boxed", seed=0, hub=None):
-    """The records of a split of a --data.  Raises InputError for an unknown split, and for bad records."""
+    """The records of a split of a --data. Raises InputError for an unknown split, and for bad records."""
     kind, corpus = find_corpus(data, hub)
     if split not in corpus.splits:
         raise InputError(f"--data {data} has no split {split}; it has {', '.join(corpus.splits)}")
@@ -818,11 +789,8 @@ def main():
         kind, corpus = find_corpus(args.corpus, args.hub)
         if kind == "own file":
             raise InputError(f"{args.corpus} is a corpus file already")
-        unused = {"--seed": args.seed and kind in ("toy", "simpleqa"),
-                  "--hub": args.hub and kind != "simpleqa"}
-        for flag, given in unused.items():
-            if given:
-                raise InputError(f"{flag} is not used by {args.corpus}")
+        if args.seed and kind in ("toy", "simpleqa") or args.hub and kind != "simpleqa":
+            raise InputError(f"{'--hub' if args.hub else '--seed'} is not used by {args.corpus}")
         folder = Path(args.out) / kind
         folder.mkdir(parents=True, exist_ok=True)
         for split in corpus.splits:
