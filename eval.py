@@ -609,7 +609,7 @@ def base_scores(args, names):
 
 
 def against_base(tasks, base, args):
-    """The keys of eval.json from "average" to "retention_interval"; without --base those of a base are None."""
+    """The keys of eval.json from "average" to "retention_interval"; without --base, the base's are None."""
     average, names = averaged(tasks)
     before = averaged({t: base[t] for t in names})[0] if base else None
     return {"average": average, "average_of": names, "base_out": args.base, "base": base or None,
@@ -1174,7 +1174,7 @@ def resolve_tasks(args, given):
         raise InputError("--paper sets --temperature and --samples")
     if (args.samples or 1) > 1 and not args.temperature:
         raise InputError("--samples above 1 needs --temperature above 0: at 0 all answers are the same")
-    args.temperature, args.samples = args.temperature or 0.0, args.samples or 1     # also of tasks without them
+    args.temperature, args.samples = args.temperature or 0.0, args.samples or 1     # also where unused
     run = args.run = read_json(Path(args.model).parent, "args.json") if Path(args.model).is_dir() else {}
     args.out = args.out or (Path(args.model).parent if run else f"runs/eval-{Path(args.model).name}")
     args.dtype, args.taught = args.dtype or run.get("dtype"), run.get("limit")

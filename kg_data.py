@@ -324,7 +324,7 @@ def kgfact_graph(domains, first, count, seed):
 
 
 def kgfact_background(fact, facts, rng, others=50):
-    """The statement of a fact among `others`: first those that share an entity with it, then one step away."""
+    """The statement of a fact among `others`: first those that share an entity, then a step away."""
     near = {fact.e1, fact.e2}
     two_hops = near | {e for f in facts if near & {f.e1, f.e2} for e in (f.e1, f.e2)}
     rest = [f for f in facts if f != fact]

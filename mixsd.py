@@ -1149,7 +1149,8 @@ def show(tokenizer, prompts, target):
 def print_table(metrics):
     """One row for the base, one for the tuned model; accuracy and its 95 % interval per task."""
     if targets := metrics["targets"]:
-        print(f"\n{targets['kept']} of {targets['of']} targets kept, {targets['nll']:.2f} nats/token under the base")
+        print(f"\n{targets['kept']} of {targets['of']} targets kept, "
+              f"{targets['nll']:.2f} nats/token under the base")
     if tasks := metrics["tuned"]:
         print(" " * 8 + "".join(f"{task:>20}" for task in tasks))
         for name, row in (("base", metrics["base"]), (metrics["method"], metrics["tuned"])):
@@ -1184,6 +1185,7 @@ def main(argv=None):
     def job():
         metrics = run(*parse_args(argv))
         if dist.is_initialized():
+            gathered(None)                                  # the ranks leave together
             dist.destroy_process_group()
         print_table(metrics)
         print(json.dumps(metrics))
