@@ -743,7 +743,8 @@ def load_state(folder, masters, optimizer):
             step = state["step"]
         except (RuntimeError, EOFError, KeyError) as e:
             raise RunError(f"{path} can't be read ({str(e).splitlines()[0]}); remove it to train anew")
-    read_lines(folder / "log.jsonl", step)
+    if len(read_lines(folder / "log.jsonl", step)) < step:
+        raise RunError(f"{folder}/log.jsonl has fewer steps than {path}; remove both to train anew")
     return step
 
 
