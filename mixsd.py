@@ -1186,7 +1186,6 @@ def main(argv=None):
     def job():
         metrics = run(*parse_args(argv))
         if dist.is_initialized():
-            gathered(None)                                  # the ranks leave together
             dist.destroy_process_group()
         print_table(metrics)
         print(json.dumps(metrics))
@@ -1194,4 +1193,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "WORLD_SIZE" in os.environ:          # torch sometimes aborts while it tears its threads down at exit
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
