@@ -524,7 +524,7 @@ def fit(name, items, default, subject, args):
 
     Raises InputError if the longest prompt does not leave --max-new-tokens positions.
     """
-    longest, positions = max(len(item["ids"]) for item in items), subject.model.config.max_position_embeddings
+    longest, positions = max(len(item["ids"]) for item in items), mixsd.max_positions(subject.model)
     asked, room = args.max_new_tokens or 1, positions - longest
     if asked > room:
         raise InputError(f"{name}: prompt of {longest:,} tokens + {asked:,} new > {positions:,}, the model's "
@@ -561,7 +561,7 @@ def evaluate(args):
     args.base = args.base or ledger.get("base_out")
     base = base_scores(args, [*ledger["tasks"], *args.tasks]) if args.base else {}
     subject = load_subject(args.model, args, args.dtype)
-    args.tokenizer, args.width = subject.tokenizer, min(1024, subject.model.config.max_position_embeddings)
+    args.tokenizer, args.width = subject.tokenizer, min(1024, mixsd.max_positions(subject.model))
     items = {t: load_items(t, args) for t in args.tasks}
     each = {t: of_task(t, items[t], subject, args) for t in args.tasks}
     if "humaneval" in args.tasks:

@@ -39,6 +39,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -741,7 +742,7 @@ def load_state(folder, masters, optimizer):
             set_state_dict(masters, optimizer, model_state_dict=state["model"],
                            optim_state_dict=state["optim"], options=StateDictOptions(full_state_dict=True))
             step = state["step"]
-        except (RuntimeError, EOFError, KeyError) as e:
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
             raise RunError(f"{path} can't be read ({str(e).splitlines()[0]}); remove it to train anew")
     if len(read_lines(folder / "log.jsonl", step)) < step:
         raise RunError(f"{folder}/log.jsonl has fewer steps than {path}; remove both to train anew")
@@ -786,7 +787,7 @@ def read_targets(path, base, tokenizer, stops, asked=None):
     Each target has "x" too, the ids of its naive prompt. Raises InputError with file and line for what is not
     a question of the corpus, or can't be trained on this base.
     """
-    targets, positions = [], base.config.get_text_config().max_position_embeddings
+    targets, positions = [], max_positions(base)
     for line, row in kg_data.read_jsonl(path):
         where = f"{path}, line {line}"
         row = kg_data.read_record(row, where)
@@ -807,6 +808,11 @@ def read_targets(path, base, tokenizer, stops, asked=None):
         targets.append({"id": asked[question] if asked else None, "attempt": row.get("attempt", 0),
                         "target_ids": ids, "source": source, "text": text, "x": x})
     return sorted(targets, key=lambda t: t["id"] or 0)          # in the order of the corpus
+
+
+def max_positions(model):
+    """How many tokens the model can read."""
+    return model.config.get_text_config().max_position_embeddings
 
 
 def refuse_foreign(tokenizer, texts):
@@ -1002,8 +1008,7 @@ def check_corpus(records, prompts, base, tokenizer, args, origin):
     texts = {f"{args.data}, record {i}": "\n".join(turn["content"] for turn in record["messages"])
              for i, record in enumerate(records, 1)}
     refuse_foreign(tokenizer, texts | {"the expert's words": "".join(args.words)})
-    longest = max(len(prompt) for pair in prompts for prompt in pair)
-    positions = base.config.get_text_config().max_position_embeddings
+    longest, positions = max(len(prompt) for pair in prompts for prompt in pair), max_positions(base)
     least = args.max_new_tokens if origin["max_new_tokens"] == "flag" else 1    # a default may be clipped
     if longest + least > positions:
         raise InputError(f"prompt of {longest:,} tokens + {least:,} new > {positions:,}, the positions of "
@@ -1134,7 +1139,9 @@ def summary(args, records, targets, draws, pretraining=0.0, before=None, after=N
 
 def show(tokenizer, prompts, target):
     """Print both prompts of an example and its target, the naive tokens marked: the algorithm at a glance."""
-    text = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    def text(ids):                                          # control characters would command the terminal
+        said = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in said)
     ids, source = target.get("target_ids", []), target.get("source")
     for name, prompt in zip(("expert", "naive"), prompts[target["id"]]):
         if name == "naive" or source or not ids:            # not if the corpus wrote the target

@@ -821,17 +821,17 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(uninterrupted, t
 def test_a_damaged_file_of_a_stopped_run_is_named(tmp_path, monkeypatch):
     watched_steps(monkeypatch, stop_at=5)
     assert "the same command goes on" in refused(f"{SHORT} --out {tmp_path}/stopped", code=130)
-    other_model = io.BytesIO()
-    torch.save({"step": 4, "model": {}, "optim": {}}, other_model)
+
+    def saved(held):
+        torch.save(held, file := io.BytesIO())
+        return file.getvalue()
+    states = b"", b"not a state" * 99, saved({"step": 4, "model": {}, "optim": {}}), saved(HERE)
     for name, damage, code, says in (
-            ("args.json", lambda held: held[:9], 2, "is damaged"),
-            ("base.json", lambda held: b"{", 2, "is damaged"),
-            ("draws.jsonl", lambda held: b"{\n" + held, 2, "is damaged"),
-            ("log.jsonl", lambda held: b"{\n" + held, 2, "is damaged"),
-            ("state.pt", lambda held: b"", 1, "can't be read"),
+            *((name, lambda held: held[:9], 2, "is damaged") for name in ("args.json", "base.json")),
+            *((name, lambda held: b"{\n" + held, 2, "is damaged") for name in ("draws.jsonl", "log.jsonl")),
+            ("log.jsonl", lambda held: held[:held.index(b"\n") + 1], 1, "has fewer steps"),
             ("state.pt", lambda held: held[:99_999], 1, "can't be read"),
-            ("state.pt", lambda held: b"not a state" * 99, 1, "can't be read"),
-            ("state.pt", lambda held: other_model.getvalue(), 1, "can't be read")):
+            *(("state.pt", lambda held, state=state: state, 1, "can't be read") for state in states)):
         out = shutil.copytree(tmp_path / "stopped", tmp_path / "run", dirs_exist_ok=True)
         (out / name).write_bytes(damage((out / name).read_bytes()))
         assert f"{name} {says}" in refused(f"{SHORT} --out {out}", code)
