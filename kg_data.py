@@ -593,7 +593,6 @@ TOY_SHARES = {                              # of the pretraining world
     "reading": 0.2,                         # three statements about a stranger, a question on one of them
     "reference": 0.2,                       # the answer given, in the words of the expert's prompt
     "guess": 0.1}                           # a question without any hint: the answer is a random value
-TOY_HELD_OUT = ["add", "reverse", "known"]
 
 
 def toy_people():
@@ -633,24 +632,36 @@ def toy_fact(rng, s, kind, value, before="", after="", terse=0.0, form=None):
     return before + question + after, toy_answer(sentences, value, terse, rng), value
 
 
+def toy_sum(rng):
+    """(prompt, answer text, answer) of a random sum of two numbers, each with two digits."""
+    a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+    ones, tens = a % 10 + b % 10, a // 10 + b // 10 + (a % 10 + b % 10) // 10
+    total, spaced = a + b, lambda n: " ".join(str(n))                          # one token per digit
+    sentences = [TOY_OPENING, f"Ones : {a % 10} + {b % 10} = {spaced(ones)} , carry {ones // 10} .",
+                 f"Tens : {a // 10} + {b // 10} + {ones // 10} = {spaced(tens)} ."]
+    return f"What is {spaced(a)} + {spaced(b)} ?", toy_answer(sentences, spaced(total)), spaced(total)
+
+
+def toy_reversal(rng):
+    """(prompt, answer text, answer) of a random list of three or four digits, to be reversed."""
+    digits = [str(rng.randrange(10)) for _ in range(rng.randrange(3, 5))]
+    backwards = " ".join(reversed(digits))
+    sentences = [TOY_OPENING, f"The last is {digits[-1]} .", "We read it backwards ."]
+    return f"Reverse the list {' '.join(digits)} .", toy_answer(sentences, backwards), backwards
+
+
+TOY_EXERCISES = {"add": toy_sum, "reverse": toy_reversal}
+
+
 def toy_item(task, rng, held_out=False):
-    """(prompt, answer text, answer) of one item of a pretraining task; held-out sums are never trained on."""
-    if task == "add":
-        while True:
-            a, b = rng.randrange(10, 100), rng.randrange(10, 100)
-            hashed = int(hashlib.sha256(f"{a}+{b}".encode()).hexdigest()[:8], 16) / 2**32      # in [0, 1)
-            if (hashed < 0.1) == held_out:                  # one sum in ten is held out
-                break
-        ones, tens = a % 10 + b % 10, a // 10 + b // 10 + (a % 10 + b % 10) // 10
-        total, spaced = a + b, lambda n: " ".join(str(n))                      # one token a digit
-        sentences = [TOY_OPENING, f"Ones : {a % 10} + {b % 10} = {spaced(ones)} , carry {ones // 10} .",
-                     f"Tens : {a // 10} + {b // 10} + {ones // 10} = {spaced(tens)} ."]
-        return f"What is {spaced(a)} + {spaced(b)} ?", toy_answer(sentences, spaced(total)), spaced(total)
-    if task == "reverse":
-        digits = [str(rng.randrange(10)) for _ in range(rng.randrange(3, 5))]
-        backwards = " ".join(reversed(digits))
-        sentences = [TOY_OPENING, f"The last is {digits[-1]} .", "We read it backwards ."]
-        return f"Reverse the list {' '.join(digits)} .", toy_answer(sentences, backwards), backwards
+    """(prompt, answer text, answer) of one item of a pretraining task.
+
+    One exercise in ten is held out, by a hash of its prompt: it is never trained on.
+    """
+    while task in TOY_EXERCISES:
+        item = TOY_EXERCISES[task](rng)
+        if (int(hashlib.sha256(item[0].encode()).hexdigest(), 16) % 10 == 0) == held_out:
+            return item
     if task == "known":
         return toy_fact(rng, *rng.choice(TOY_KNOWN_FACTS))
     kind, s = rng.choice(list(TOY_KINDS)), rng.choice(TOY_STRANGERS)
@@ -674,14 +685,21 @@ def toy_pretraining(n):
 
 
 def toy(split):
-    """Records of the toy: train (90 facts on new people), paraphrase, held_out and replay (300 of old tasks).
+    """Records of the toy: train and paraphrase (90 facts about new people), held_out and replay (260 each).
 
-    No sum of held_out is ever trained on. There are few known facts, so held_out and replay share them.
+    held_out and replay ask for 100 sums, 100 reversals, and 30 known facts in both wordings. They share no
+    prompt. The base has learned all known facts, but no exercise of held_out.
     """
     rng = random.Random(f"toy {split}")
     if split in ("held_out", "replay"):
-        items = [toy_item(task, rng, split == "held_out") for task in TOY_HELD_OUT for _ in range(100)]
-        return [record(prompt, text, answer) for prompt, text, answer in items]
+        exercises, held_out = {}, split == "held_out"       # {prompt: item}: no prompt twice
+        for task, count in ("add", 100), ("reverse", 200):
+            while len(exercises) < count:
+                item = toy_item(task, rng, held_out)
+                exercises[item[0]] = item
+        facts = TOY_KNOWN_FACTS[::2] if held_out else TOY_KNOWN_FACTS[1::2]
+        items = [*exercises.values()] + [toy_fact(rng, *fact, form=form) for fact in facts for form in (0, 1)]
+        return [record(*item) for item in items]
     rows = []
     for s, kind, value in TOY_NEW_FACTS:
         prompt, _, _ = toy_fact(rng, s, kind, value, form=int(split == "paraphrase"))
