@@ -27,8 +27,9 @@ completion, and eval.json. A killed evaluation continues from these files. eval.
 
     model, settings         what was measured, and how; OUT refuses results with other settings
     tasks {task: score}     accuracy, n (problems), low, high, samples, no_answer (share), errors {kind: n};
-                            or nll (nats/token), tokens, n. The task drift also has base_nll, and rise, the
-                            difference, with its 95 % interval low, high. Every score has "of" (how many
+                            or nll (nats/token), tokens, n. The drift tasks also have base_nll, rise, the
+                            difference, with its 95 % interval low, high, and kl, KL(base || model) in
+                            nats/token over the full vocabulary. Every score has "of" (how many
                             problems can be asked), "partial" (whether n is less), "version" (of the task)
     average, average_of     the mean accuracy, and its tasks: those of the paper's five benchmarks that were
                             measured, or if there are none, those of arc_easy and held_out
@@ -84,7 +85,7 @@ IN_DOMAIN = {               # task: (its corpus, None for the corpus of the run;
     "recall": (None, "train"), "paraphrase": (None, "paraphrase"), "retrieval": (None, "retrieval"),
     "retrieval-unseen": (None, "retrieval-unseen"), "two-hop": (None, "two-hop"),
     "multi-hop": (None, "multi-hop"), "held_out": ("toy", "held_out"), "kgfunc-test": ("kgfunc", "test"),
-    "kgfunc-unseen": ("kgfunc-unseen", "test")}
+    "kgfunc-unseen": ("kgfunc-unseen", "test"), "drift-taught": (None, "train")}
 
 
 # ------------------------------------------------------------------------------------------------- verdicts
@@ -375,9 +376,13 @@ class Subject(NamedTuple):
 
 
 def load_subject(model, args, dtype):
-    """The Subject of a --model, its weights in `dtype`; the toy is the toy base of seed 0."""
-    path = mixsd.toy_base(args.quiet)[0] if model == "toy" else model
+    """The Subject of a --model, its weights in `dtype`; toy is the toy base of --seed.
+
+    If --decode-tokens is not given, it is set to what the memory holds beside the model.
+    """
+    path = mixsd.toy_base(args.quiet, args.seed or 0)[0] if model == "toy" else model
     model, tokenizer = mixsd.load_model(path, dtype, args.device)
+    args.decode_tokens = args.decode_tokens or mixsd.kv_slots(model)
     return Subject(model, tokenizer, mixsd.stop_ids(model, tokenizer))
 
 
@@ -420,14 +425,17 @@ def windowed(subject, task, todo, args):
 
 
 def drifted(subject, task, todo, args):
-    """The NLL of the greedy answer of the base, under the base and under the model."""
+    """The NLL of the greedy answer of the base, under the base and under the model, and KL(base || model)."""
     base, items = load_subject(args.base_model, args, args.dtype), {item["id"]: item for item, _ in todo}
     prompts = {i: item["ids"] for i, item in items.items()}
     for i, ids in mixsd.answers(base.model, base.stops, prompts, args):
         text = mixsd.text_of(base.tokenizer, ids, base.stops)
-        before, after = (nll_of(s.model, items[i]["ids"], [ids], args)[0] for s in (base, subject))
+        pair = items[i]["ids"], ids
+        with torch.no_grad():
+            (p, y), (q, _) = (mixsd.target_logits(s.model, [pair], 0) for s in (base, subject))  # (N, V)
         yield items[i], 0, {"prompt": items[i]["asked"], "text": text, "tokens": len(ids),
-                            "base_nll": before, "nll": after}
+                            "base_nll": mixsd.nll(p, y).mean().item(),
+                            "nll": mixsd.nll(q, y).mean().item(), "kl": mixsd.kl(q, p).mean().item()}
 
 
 class Task(NamedTuple):
@@ -462,6 +470,7 @@ TASKS: dict[str, Task] = {
     "drift": Task(from_hub(*ARC, first=50), QUESTION, None, 64, 1, drifted),
 } | {task: Task(functools.partial(load_in_domain, *of), QUESTION, judge_in_domain, 1024, 1, must_end=True)
      for task, of in IN_DOMAIN.items()}
+TASKS["drift-taught"] = TASKS["drift"]._replace(load=TASKS["drift-taught"].load)
 
 
 # ----------------------------------------------------------------------------------------------- evaluation
@@ -484,7 +493,7 @@ def scored(rows):
                   "errors": dict(Counter(row["kind"] for row in rows if row.get("kind")))}
     else:
         score = {key: sum(row[key] * row["tokens"] for row in rows) / total
-                 for key in ("nll", "base_nll") if key in rows[0]}
+                 for key in ("nll", "base_nll", "kl") if key in rows[0]}
         if "base_nll" in score:
             rise = score["nll"] - score["base_nll"]
             apart = sum(((row["nll"] - row["base_nll"] - rise) * row["tokens"]) ** 2 for row in rows)
@@ -795,19 +804,24 @@ def correlation(groups, x, y):
     return statistics.correlation(*zip(*means)) if len(means) > 2 and varied else None, len(means)
 
 
+CAUSES = "nll", "kl", "R", "squared_distance", "fisher_distance"    # what may go with forgetting
+
+
 def fisher_runs(args):
     """The alignment of each run, also in RUN/fisher.json, and how it correlates with what the run forgot.
 
     Returns {"runs": {run: alignment}, "correlation": {LOSS_KEY: Pearson's r over methods}, "methods":
     {LOSS_KEY: how many methods}}, where a method is the mean of its seeds. LOSS is drop (held-out accuracy
-    before minus after) or drift. The weights of the base, of a run and F are in memory, in float32.
+    before minus after) or drift. KEY is one of CAUSES: nll of the targets, kl of the task drift-taught (RL's
+    Razor, arXiv 2509.04259), or what `alignment` returns. The weights of the base, of a run and F are in
+    memory, in float32.
     """
     runs = {folder: read_run(folder) for folder in args.fisher}
     base = load_subject(args.base, args, "float32")
     weights, fisher = dict(base.model.named_parameters()), base_fisher(base, args)
     for folder, run in runs.items():
-        if args.base == "toy" and run["seed"]:
-            raise InputError(f"{folder}: its toy base is not --base toy, which is that of seed 0")
+        if args.base == "toy" and run["seed"] != args.seed:
+            raise InputError(f"{folder}: its toy base is not --base toy, which is that of --seed {args.seed}")
         tuned = dict(load_subject(f"{folder}/model", args, "float32").model.named_parameters())
         if {name: p.shape for name, p in tuned.items()} != {name: p.shape for name, p in weights.items()}:
             raise InputError(f"{folder}/model: its weights are not like those of --base {args.base}")
@@ -818,7 +832,7 @@ def fisher_runs(args):
         print(f"{folder}:", ", ".join(f"{key} {mean_and_spread([run[key]], 3)}"
                                       for key in ("R", "squared_distance", "drop", "drift")))
     groups, r, n = grouped(list(runs), list(runs.values())).values(), {}, {}
-    for loss, key in itertools.product(("drop", "drift"), ("R", "squared_distance", "fisher_distance")):
+    for loss, key in itertools.product(("drop", "drift"), CAUSES):
         pair = f"{loss}_{key}"
         r[pair], n[pair] = correlation(groups, loss, key)
         print(f"Pearson's r of {loss} and {key}: {mean_and_spread([r[pair]])}, methods: {n[pair]}")
@@ -846,8 +860,23 @@ def gaps(model, contexts, source, answers):
     return logits.max(-1).values - logits.gather(1, tokens[:, None])[:, 0]
 
 
+def not_finite(model, lengths):
+    """The lengths at which a batch has no finite gradient: a row of this length, and a short row, left-padded.
+
+    Some attention kernels return NaN for rows that see only padding, at some lengths modulo 128.
+    """
+    bad = []
+    for L in tqdm(lengths, "lengths", leave=False):
+        pairs = [([1] * (L - 8), [2] * 8), ([1] * 8, [2] * 8)]
+        mixsd.nll(*mixsd.target_logits(model, pairs, 0)).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+        bad += [] if norm.isfinite() else [L]
+        model.zero_grad()
+    return bad
+
+
 def bench(args):
-    """Check decoding and time the parts of args.bench; returns {part: median, min, max seconds, ratio}.
+    """Check decoding and gradients, time the parts of args.bench; returns {part: median, min, max s, ratio}.
 
     decode    mixed decoding of args.batch_size examples of KGFact, args.max_new_tokens each, without a stop
     generate  model.generate on the same prompts, those of both contexts
@@ -863,7 +892,10 @@ def bench(args):
     few = [prompts[:8] for prompts in contexts]
     gap = gaps(model, few, source[:8], mixsd.decode(model, few, source[:8], never))
     print(f"decoding: {(gap == 0).sum()} of {len(gap)} tokens equal the definition; the largest gap of the "
-          f"others is {gap.max():.3g} in logits", flush=True)
+          f"others is {gap.max():.3g} in logits (near 16, bfloat16 has steps of 0.125)", flush=True)
+    lengths = range(128, 256, 1 if args.device.startswith("cuda") else 32)      # a CPU has no such kernels
+    bad = not_finite(model, lengths)
+    print(f"gradients: finite at {len(lengths) - len(bad)} of {len(lengths)} lengths {bad or ''}", flush=True)
 
     ids, mask = (t.to(model.device) for t in mixsd.left_pad(sum(contexts, []), 0))
     steps = {"decode": lambda: mixsd.decode(model, contexts, source, never),
@@ -885,8 +917,10 @@ def bench(args):
         if {part, own} <= parts.keys():
             ratio = parts[part]["ratio"] = parts[part]["median"] / parts[own]["median"]
             print(f"{part} takes {ratio:.2f} x the time of {own}")
+    print(f"peak memory {mixsd.peak_gib():.2f} GiB")
     return {"model": args.model, "device": args.device, "dtype": args.dtype, "batch_size": args.batch_size,
-            "new_tokens": T, "largest_gap": gap.max().item(), "parts": parts, "peak_gib": mixsd.peak_gib()}
+            "new_tokens": T, "largest_gap": gap.max().item(), "not_finite": bad, "parts": parts,
+            "peak_gib": mixsd.peak_gib()}
 
 
 def clock(args):
@@ -936,7 +970,7 @@ def trl_times(model, tokenizer, records, args):
 COLUMNS = {                                                 # of the report: {key of read_run: (head, digits)}
     "kept": ("kept", 2), "recall": ("recall", 2), "recall-kept": ("of the kept", 2),
     "paraphrase": ("paraphrase", 2), "two-hop": ("two-hop", 2), "held_out": ("held-out", 2),
-    "retention": ("retention", 2), "wikitext": ("WikiText", 3), "drift": ("drift", 3),
+    "retention": ("retention", 2), "wikitext": ("WikiText", 3), "drift": ("drift", 3), "kl": ("KL taught", 3),
     "nll": ("target NLL", 2), "R": ("R", 2), "squared_distance": ("‖d‖²", 2), "decoded": ("decoded", 0),
     "trained": ("trained tokens", 0), "seconds": ("s", 0)}
 
@@ -966,7 +1000,8 @@ def read_run(folder):
         **{key: m[key] for key in ("model", "data", "method", "rho", "seed")},
         "lr": read_json(folder, "args.json").get("lr"), "interval": interval,
         "base": values(before) | ({"held_out": at_first, "retention": 1.0} if at_first else {}),
-        "held_out": held_out, "held_out_of": names, "partial": any(after[t].get("partial") for t in names),
+        "kl": after.get("drift-taught", {}).get("kl"), "held_out": held_out, "held_out_of": names,
+        "partial": any(after[t].get("partial") for t in names),
         "retention": held_out / at_first if at_first else None,
         "drop": at_first - held_out if at_first else None,
         "kept": targets["kept"] and targets["kept"] / targets["of"], "nll": targets["nll"],
@@ -1085,9 +1120,9 @@ def frontier(groups, base_recall, held_out, path):
 
 # --------------------------------------------------------------------------------------------- command line
 
-def written_by_model(args):
-    """The tasks of args.tasks whose completions the model writes."""
-    return [t for t in args.tasks or [] if TASKS[t].answer is generated]
+def answered_by(way, args):
+    """The tasks of args.tasks that `way` answers, one of the four functions, e.g. generated."""
+    return [t for t in args.tasks or [] if TASKS[t].answer is way]
 
 
 MODES = {"tasks": evaluate, "nll": target_nll, "fisher": fisher_runs, "bench": bench, "report": report}
@@ -1095,9 +1130,9 @@ FILES, COUNT, SWITCH = {"nargs": "+", "metavar": "FILE"}, mixsd.COUNT, mixsd.SWI
 WHEN = {            # which calls use a flag, in the words of an error message
     "one mode per call": lambda a: True,
     "--tasks": lambda a: a.tasks,
-    "generated --tasks": written_by_model,
+    "generated --tasks": lambda a: answered_by(generated, a),
     "--tasks of a corpus": lambda a: any(t in IN_DOMAIN for t in a.tasks or []),
-    "--tasks drift": lambda a: "drift" in (a.tasks or []),
+    "--tasks drift": lambda a: answered_by(drifted, a),
     "--tasks humaneval": lambda a: "humaneval" in (a.tasks or []),
     "--fisher": lambda a: a.fisher,
     "--bench": lambda a: a.bench,
@@ -1106,8 +1141,8 @@ WHEN = {            # which calls use a flag, in the words of an error message
     "--tasks, --nll and --report": lambda a: a.tasks or a.nll or a.report,
     "--tasks, --fisher and --bench": lambda a: a.tasks or a.fisher or a.bench,
     "every mode but --report": lambda a: not a.report,
-    "what decodes": lambda a: written_by_model(a) or "drift" in (a.tasks or []) or a.fisher,
-    "generated --tasks, --fisher and --bench": lambda a: written_by_model(a) or a.fisher or a.bench}
+    "what decodes": lambda a: answered_by(generated, a) or answered_by(drifted, a) or a.fisher,
+    "generated --tasks, --fisher and --bench": lambda a: answered_by(generated, a) or a.fisher or a.bench}
 FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; default; used by; help)
     "tasks": (str, None, "one mode per call", f"T,T: measure {', '.join(TASKS)}"),
     "nll": (FILES, None, "one mode per call", "NLL of target FILEs under --model, the base; two pictures"),
@@ -1132,10 +1167,10 @@ FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; defa
     "fisher_tasks": (str, None, "--fisher", "T,T: the tasks whose prompts the base answers"),
     "fisher_n": (COUNT, 64, "--fisher", "prompts in all"),
     "batch_size": (COUNT, 16, "--bench", "examples per batch"),
-    "seed": (mixsd.FROM_0, 0, "--tasks, --fisher and --bench", "of subsets, samples, and of who speaks"),
+    "seed": (mixsd.FROM_0, 0, "--tasks, --fisher and --bench", "of subsets, samples, who speaks, toy base"),
     "device": (str, "auto", "every mode but --report", "auto, cuda, cuda:1, mps or cpu"),
     "dtype": (["auto", "float32", "bfloat16"], None, "--tasks, --nll and --bench", "compute type"),
-    "decode_tokens": (COUNT, 65536, "what decodes", "KV slots of a decoding batch: rows x (prompt + new)"),
+    "decode_tokens": (COUNT, None, "what decodes", mixsd.FLAGS["decode_tokens"][3]),
     "micro_tokens": (COUNT, 2048, "--tasks, --nll and --bench", "padded tokens of a scored batch"),
     "out": (str, None, "--tasks, --nll and --report", "where results go (default: the run's, or runs/...)"),
     "quiet": (SWITCH, None, "every mode but --report", "no progress bars")}
@@ -1155,7 +1190,7 @@ def parse_args(argv=None):
                 raise InputError(f"no task {', '.join(unknown)} here; known: {', '.join(known)}")
     args, _ = mixsd.settle(given, {}, FLAGS, WHEN)
     needed = {"fisher": ["base", "fisher_tasks"], "report": []}.get(mode, ["model"])
-    for flag in needed + ["base_model"] * ("drift" in (args.tasks or [])):
+    for flag in needed + ["base_model"] * bool(answered_by(drifted, args)):
         if flag not in given:
             raise InputError(f"--{mode} needs --{flag.replace('_', '-')}")
     if mode == "tasks":

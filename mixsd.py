@@ -57,6 +57,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.logging import disable_progress_bar
 
 import kg_data
@@ -153,8 +154,11 @@ def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None):
     source = source.to(device)
     if u is not None:
         u = u.to(device, torch.float32 if device.type == "mps" else torch.float64)      # mps has no float64
+    # transformers reads a 2-D mask, and a GPU waits for that; models with full attention take a 4-D mask too
+    full = model.config._attn_implementation == "sdpa" and all(type(c) is DynamicLayer for c in cache.layers)
     for t in range(T):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+        visible = mask[:, None, None].bool() if full and t > 0 else mask        # (C*R, 1, 1, P + t) or 2-D
+        logits = model(input_ids=ids, attention_mask=visible, position_ids=positions, use_cache=True,
                        logits_to_keep=1, **{CACHE: cache}).logits[:, -1]        # (C*R, V)
         R = len(alive)
         speaker = source[alive, t] * R + torch.arange(R, device=device)         # (R,) the row that decides
@@ -259,6 +263,7 @@ class Example(NamedTuple):
     x_plus: list                # ids of the expert's prompt, which the teacher of OPSD reads; else []
     x: list                     # ids of the naive prompt, which the student reads
     y: list                     # ids of the target, its stop token included
+    skip: frozenset = frozenset()       # positions in y that the loss leaves out (--mask-above)
 
 
 def target_logits(model, pairs, pad_id):
@@ -307,7 +312,7 @@ def kl(student, teacher, direction="forward", top_k=0):
 def token_losses(student, base, examples, args, pad_id):
     """(N,) loss, nats, of each target token; the caller sums and divides once by the N of the whole step.
 
-    sft, mixsd       - log q(y_t | x, y_<t)
+    sft, mixsd       - log q(y_t | x, y_<t)                           the tokens in `skip` count 0 (`update`)
     --kl-to-base b   the same + b KL( p(. | x, y_<t) || q(. | x, y_<t) )
     opsd             KL( p(. | x+, y_<t) || q(. | x, y_<t) )          y sampled from the student now
     opsd-nll         - log q(argmax p(. | x+, y_<t) | x, y_<t)        y the greedy answer of the student now
@@ -375,16 +380,19 @@ def copy_weights(masters, student):
 def update(student, masters, optimizer, examples, losses_of, lr, micro_tokens):
     """One optimizer step; returns (loss, gradient norm, N).
 
-    The loss is the mean over the N target tokens of the step, before the update, on which backward is called.
+    The loss is the mean over the N target tokens of the step that no example skips, before the update.
+    Backward is called on it.
     Raises RunError, and leaves the weights as they are, if the loss or the gradient is not finite.
     """
-    (rank, world), N, loss = ranks(), sum(len(e.y) for e in examples), 0.0
+    (rank, world), N, loss = ranks(), sum(len(e.y) - len(e.skip) for e in examples) or 1, 0.0
     widths = {i: (max(len(e.x), len(e.x_plus)), len(e.y)) for i, e in enumerate(examples)}
     for part in batches(widths, micro_tokens):
         mine = part[rank::world]
         # FSDP needs every rank in each backward: a rank without examples computes one example with weight 0
-        losses = losses_of([examples[i] for i in mine or part[:1]])
-        part_loss = losses.sum() * (bool(mine) / N)
+        some = [examples[i] for i in mine or part[:1]]
+        losses = losses_of(some)                                                # (target tokens,)
+        counts = torch.tensor([t not in e.skip for e in some for t in range(len(e.y))]).to(losses.device)
+        part_loss = (losses * counts).sum() * (bool(mine) / N)
         (part_loss * world).backward()                  # FSDP averages over ranks: multiply, to get the sum
         loss += part_loss.item()
     loss = sum(gathered(loss))
@@ -407,7 +415,8 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
 
     student      the model that computes, in bfloat16 where the hardware has it
     masters      the float32 model whose weights AdamW moves: bfloat16 would round most of the steps to zero.
-                 With float32 compute, and when sharded over several GPUs, masters is the student itself
+                 It is in the memory of the host with --offload. With float32 compute, and when sharded over
+                 several GPUs, masters is the student itself
     items        what to learn; each epoch uses every item once
     examples_of  (items of the batch, step) -> [Example]
     losses_of    [Example] -> (N,) losses of their target tokens
@@ -439,7 +448,7 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
             seconds = time.time() - start
             append_lines(folder / "log.jsonl", [{
                 "step": step, "epoch": epoch, "nll": loss, "tokens": N, "lr": lr, "grad_norm": norm,
-                "seconds": seconds, "tok_s": N / seconds, "mem_gib": peak_gib()}])
+                "seconds": seconds, "tok_s": N / seconds, "mem_gib": peak_gib(), "host_gib": host_gib()}])
             due = gathered(time.time() - saved >= 60 * args.save_minutes)[0]    # by the clock of rank 0
             if due and step < args.steps:
                 save_state(folder, step, masters, optimizer)
@@ -618,12 +627,29 @@ def toy_base(quiet=False, seed=0):
     return folder, time.time() - start
 
 
-def peak_gib():
-    """Peak memory of this process so far, GiB: the GPU's where there is one."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**30
+def host_gib():
+    """Peak memory of this process so far, GiB, without the GPU's."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss               # bytes on macOS, KiB on Linux
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def peak_gib():
+    """Peak memory so far, GiB: the GPU's where there is one."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else host_gib()
+
+
+def kv_slots(model):
+    """KV slots (tokens of a decoding batch) that take half of the free memory of a GPU; 65,536 without CUDA.
+
+    Eager decoding takes about the same time per step for few rows and for many, so more slots are faster.
+    """
+    if not torch.cuda.is_initialized():
+        return 65536
+    one, cache = torch.zeros(1, 1, dtype=torch.long, device=model.device), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=one, use_cache=True, **{CACHE: cache})
+    slot = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)               # bytes
+    return torch.cuda.mem_get_info()[0] // 2 // slot
 
 
 def pick_device(device, dtype):
@@ -767,11 +793,14 @@ def save_model(masters, tokenizer, folder):
 def write_targets(base, records, prompts, targets, stops, args, folder):
     """Add "nll" to each target, its mean under the base and x, nats/token; write folder/targets.jsonl.
 
+    "skip" is added too: the positions of the tokens whose NLL is above --mask-above (STM, arXiv 2501.14315).
+
     A line is the record with the target as its assistant turn, and id, target_ids, source, attempt, nll.
     """
     pairs, lines = [(prompts[t["id"]][NAIVE], t["target_ids"]) for t in targets], []
     for t, nats in zip(targets, token_nlls(base, pairs, stops[0], args.micro_tokens)):
-        t["nll"] = nats.mean().item()
+        t["nll"], most = nats.mean().item(), args.mask_above or math.inf
+        t["skip"] = frozenset(at for at, n in enumerate(nats.tolist()) if n > most)
         turns = [records[t["id"]]["messages"][0], {"role": "assistant", "content": t["text"]}]
         row = records[t["id"]] | {"messages": turns}
         row |= {key: t[key] for key in ("id", "target_ids", "source", "attempt", "nll")}
@@ -854,6 +883,7 @@ WHEN = {        # a condition in the words of an error message: the test of it o
     "mixsd and sft": lambda a: a.method in ("mixsd", "sft"),
     "training": lambda a: not a.targets_only,
     "training by NLL": lambda a: not a.targets_only and a.method not in ON_POLICY,
+    "training without torchrun": lambda a: not a.targets_only and "WORLD_SIZE" not in os.environ,
     "training without --steps": lambda a: not a.targets_only and not a.steps,
     "--replay": lambda a: a.replay,
     "runs without --targets": lambda a: not a.targets,
@@ -883,6 +913,8 @@ FLAGS = {       # flag: (type, list of choices, or options of argparse; default;
     "teacher_top_k": (FROM_0, 0, "opsd", "KL over the k most likely tokens of the teacher; 0: over all"),
     "kl_to_base": (POSITIVE, None, "training by NLL", "weight of a KL penalty from the base, on the targets"),
     "kl": (["forward", "reverse"], "forward", "opsd and --kl-to-base", "KL(base || student), or reverse"),
+    "mask_above": (POSITIVE, None, "training by NLL", "leave out of the loss the tokens with more nats than "
+                   "this under the base"),
     "replay": (str, None, "training by NLL", "a targets file, of which examples are added to every batch"),
     "replay_share": (number(float, 1e-12, 0.9), 0.25, "--replay", "their share of a batch"),
     "max_new_tokens": (COUNT, None, "every run", "longest target, rollout or answer, in tokens"),
@@ -895,14 +927,17 @@ FLAGS = {       # flag: (type, list of choices, or options of argparse; default;
     "seed": (number(int, 0, 2**63 - 1), 0, "every run", "seed of all random numbers, and of the toy's base"),
     "device": (str, "auto", "every run", "auto, cuda, cuda:1, mps or cpu"),
     "dtype": (["auto", "float32", "bfloat16"], "auto", "every run", "compute type; AdamW has float32"),
-    "decode_tokens": (COUNT, 65536, "every run", "KV slots of a decoding batch: rows x (prompt + new)"),
+    "decode_tokens": (COUNT, None, "every run", "KV slots of a decoding batch: rows x (prompt + new); "
+                      "default: 65,536, on CUDA half of the free memory (OPSD: 65,536)"),
     "micro_tokens": (COUNT, 4096, "every run", "padded tokens of a training micro-batch"),
     "gradient_checkpointing": (SWITCH, None, "training", "recompute activations in backward, to save memory"),
+    "offload": (SWITCH, None, "training without torchrun", "AdamW, its float32 weights and gradients in the "
+                "host's memory, 16 bytes per parameter: for small GPUs"),
     "save_minutes": (number(float, 0), 10.0, "training", "minutes between saved states; 0: after each step"),
     "out": (str, None, "every run", "folder of the run, to start or continue (default: runs/MODEL-DATA-...)"),
     "quiet": (SWITCH, None, "every run", "no progress bars")}
 MAY_DIFFER = {"hub", "targets_only", "device", "decode_tokens", "micro_tokens", "gradient_checkpointing",
-              "save_minutes", "out", "quiet"}               # between a run and its continuation
+              "offload", "save_minutes", "out", "quiet"}               # between a run and its continuation
 
 
 def usage_error(message):
@@ -1046,13 +1081,15 @@ def fine_tune(base, path, tokenizer, prompts, taught, targets, replay, stops, ar
         base = base if guided else base.to("meta")          # frees its memory
     else:
         student = copy.deepcopy(base) if guided else base
-        masters = student if args.dtype == "float32" else load_model(path, "float32", args.device)[0]
+        masters = student
+        if args.dtype != "float32" or args.offload:
+            masters, _ = load_model(path, "float32", "cpu" if args.offload else args.device)
     if args.gradient_checkpointing:         # the library's own works only in train() mode, without a KV cache
         for layer in student.base_model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     items, old = taught, [Example(None, [], t["x"], t["target_ids"]) for t in replay]
     if targets:                             # else OPSD, whose items are the ids of prompts
-        items = [Example(t["id"], [], prompts[t["id"]][NAIVE], t["target_ids"]) for t in targets]
+        items = [Example(t["id"], [], prompts[t["id"]][NAIVE], t["target_ids"], t["skip"]) for t in targets]
     args.steps = args.steps or args.epochs * math.ceil(len(items) / args.batch_size)
 
     def examples_of(batch, step):
@@ -1079,6 +1116,9 @@ def run(args, origin):
     base, tokenizer = load_model(path, args.dtype, args.device)
     stops = stop_ids(base, tokenizer)
     prompts = [two_contexts(tokenizer, r, args.words) for r in records]             # [(x+, x)]
+    if args.decode_tokens is None:          # OPSD decodes while AdamW's state is in memory too
+        args.decode_tokens = 65536 if args.method in ON_POLICY else min(gathered(kv_slots(base)))
+        origin["decode_tokens"] = "default" if args.decode_tokens == 65536 else "free memory"
     room = check_corpus(records, prompts, base, tokenizer, args, origin)
     asked = {r["messages"][0]["content"]: i for i, r in enumerate(records)}
     taught, draws = taught_ids(records, args), []
@@ -1180,7 +1220,7 @@ def exit_code(name, job):
         message, code = "stopped; the same command goes on from what is saved", 130
     except torch.OutOfMemoryError as e:
         message, code = (f"{str(e).splitlines()[0]} In training, lower --micro-tokens or add "
-                         "--gradient-checkpointing; in decoding, lower --decode-tokens"), 1
+                         "--gradient-checkpointing or --offload; in decoding, lower --decode-tokens"), 1
     except (OSError, SafetensorError) as e:                 # a full disk can be either
         file, why = getattr(e, "filename", None) or "writing", getattr(e, "strerror", None) or e
         message, code = f"{file}: {why}; mend it and run the same command", 1

@@ -287,15 +287,19 @@ def test_the_loss_is_the_hand_sum_over_target_tokens_also_where_the_pad_is_the_s
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 16, 10**6])
-def test_a_step_follows_the_clipped_gradient_of_the_mean_over_all_target_tokens(micro_tokens):
+@pytest.mark.parametrize("micro_tokens, skip", [(1, {}), (16, {}), (10**6, {}), (16, {0, 2})])
+def test_a_step_follows_the_clipped_gradient_of_the_mean_over_all_target_tokens(micro_tokens, skip):
     net, by_hand = tiny_model(), tiny_model()
-    loss = torch.cat([plain_nll(by_hand, e.x, e.y) for e in EXAMPLES]).mean()
+    some = [e._replace(skip=frozenset(t for t in skip if t < len(e.y))) for e in EXAMPLES]
+    nats = [plain_nll(by_hand, e.x, e.y)[[t for t in range(len(e.y)) if t not in skip]] for e in some]
+    loss = torch.cat(nats).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
     optimizer = torch.optim.SGD(net.parameters(), lr=99.0)
-    found = mixsd.update(net, net, optimizer, EXAMPLES, lambda part: sft_losses(net, part), 0.5, micro_tokens)
-    assert norm > 2 and found == pytest.approx((loss.item(), norm.item(), 11), rel=1e-4)
+    found = mixsd.update(net, net, optimizer, some, lambda part: sft_losses(net, part), 0.5, micro_tokens)
+    N = sum(map(len, nats))
+    assert norm > 2 and N == 11 - 5 * bool(skip)
+    assert found == pytest.approx((loss.item(), norm.item(), N), rel=1e-4)
     for p, q in zip(net.parameters(), by_hand.parameters()):
         torch.testing.assert_close(p, q - 0.5 * q.grad, rtol=1e-4, atol=1e-5)
         assert p.grad is None
@@ -850,6 +854,51 @@ def test_out_of_memory_is_one_line_that_names_the_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(mixsd, "update", update)
     err = refused(f"TOY --method sft --limit 2 --steps 2 --out {tmp_path}/x", code=1)
     assert re.search("--micro-tokens .*--gradient-checkpointing.* --decode-tokens", err)
+
+
+def test_offload_changes_nothing_and_goes_on_from_a_state_without_it(tmp_path, monkeypatch):
+    loaded, real = [], mixsd.load_model
+    monkeypatch.setattr(mixsd, "load_model", lambda *where: (loaded.append(where[1:]), real(*where))[1])
+    command = f"TOY --limit 4 --steps 3 --rho 0.5 --save-minutes 0 --out {tmp_path}"
+    for dtype in ("float32", "bfloat16"):
+        run(f"{command}/{dtype} --dtype {dtype}")
+        with monkeypatch.context() as patch:
+            watched_steps(patch, stop_at=3)
+            refused(f"{command}/{dtype}-off --dtype {dtype}", code=130)
+        loaded.clear()
+        run(f"{command}/{dtype}-off --dtype {dtype} --offload")
+        assert loaded[1] == ("float32", "cpu"), "the masters"
+        assert same_run(tmp_path / dtype, tmp_path / f"{dtype}-off")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "it is for training without torchrun" in refused(f"{command}/x --offload")
+
+
+def test_the_default_budget_of_decoding_is_half_of_the_free_gpu_memory(monkeypatch):
+    net = tiny_model()
+    assert mixsd.kv_slots(net) == 65536
+    slot = 2 * sum(4 * len(p) for name, p in net.named_parameters() if "k_proj" in name)    # bytes, float32
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 77 * slot + 1, 10**12))
+    assert mixsd.kv_slots(net) == 77
+
+
+def test_decoding_makes_no_2d_mask_after_the_prompt_if_all_layers_have_full_attention():
+    shapes, net = [], tiny_model()
+    net.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["attention_mask"].dim()),
+                                  with_kwargs=True)
+    mixsd.decode(net, contexts_of(), mixsd.draw_sources(0.5, 5, 1, range(6)), STOPS)
+    assert shapes == [2, 4, 4, 4, 4]
+
+
+def test_mask_above_leaves_the_tokens_that_surprise_the_base_out_of_the_loss(tmp_path):
+    command = f"TOY --method sft --limit 4 --steps 1 --batch-size 4 --out {tmp_path}"
+    run(f"{command}/all"), run(f"{command}/high --mask-above 99"), run(f"{command}/some --mask-above 2")
+    base, tokenizer = mixsd.load_model(toy_folder(), "float32", "cpu")
+    nats = torch.cat([plain_nll(base, mixsd.chat_ids(tokenizer, question_of(t)), t["target_ids"])
+                      for t in rows_of(tmp_path / "all" / "targets.jsonl")])
+    assert same_run(tmp_path / "all", tmp_path / "high") and 0 < (nats > 2).sum() < len(nats)
+    (step,), low = rows_of(tmp_path / "some" / "log.jsonl"), nats[nats <= 2]
+    assert step["tokens"] == len(low) and step["nll"] == pytest.approx(low.mean().item(), rel=1e-4)
 
 
 def test_gradient_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_path, monkeypatch):
@@ -1487,7 +1536,7 @@ def toy_run(tmp_path_factory):
 
 
 def subject_in(run):
-    args = SimpleNamespace(device="cpu", quiet=True)
+    args = SimpleNamespace(device="cpu", quiet=True, decode_tokens=65536)
     return evaluation.load_subject(str(run / "model"), args, "float32")
 
 
@@ -1590,8 +1639,8 @@ def hub(monkeypatch):
 @torch.no_grad()
 def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub):
     other, subject, out = tiny_run(tmp_path / "other", seed=1), subject_in(toy_run), tmp_path / "o"
-    score = measure(f"--tasks arc_easy,wikitext,drift --model {toy_run}/model --base-model {other}/model "
-                    f"--out {out}")["tasks"]
+    score = measure("--tasks arc_easy,wikitext,drift,drift-taught "
+                    f"--model {toy_run}/model --base-model {other}/model --out {out}")["tasks"]
     for row in rows_of(out / "arc_easy.jsonl"):
         item = hub["allenai/ai2_arc"][row["id"]]
         prompt, texts = mixsd.chat_ids(subject.tokenizer, item["question"]), item["choices"]["text"]
@@ -1615,8 +1664,17 @@ def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub):
         rise.append(plain_nll(subject.model, prompt, ids) - plain_nll(base.model, prompt, ids))
     assert score["drift"]["rise"] == pytest.approx(torch.cat(rise).mean().item(), rel=1e-3)
     assert score["drift"]["rise"] > 0.1
+    kl, taught = [], rows_of(out / "drift-taught.jsonl")
+    for row in taught:
+        prompt = mixsd.chat_ids(base.tokenizer, row["prompt"])
+        ids = greedy(base, prompt, 64)
+        p, q = (s.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+                for s in (base, subject))
+        kl.append((p.exp() * (p - q)).sum(-1))
+    assert len(taught) == score["drift-taught"]["of"] == 10
+    assert score["drift-taught"]["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-3) != 0
     itself = measure(f"--tasks drift --model {toy_run}/model --base-model {toy_run}/model --out {tmp_path}/p")
-    assert itself["tasks"]["drift"]["rise"] == 0
+    assert itself["tasks"]["drift"]["rise"] == itself["tasks"]["drift"]["kl"] == 0
 
 
 @pytest.mark.parametrize("command, says", [
@@ -1751,6 +1809,7 @@ def test_the_bench_times_its_parts_and_its_gap_is_zero_for_the_definition_alone(
     assert result["parts"].keys() == {"decode", "generate", "train"} and "generate takes" in out
     assert all(0 < part["min"] <= part["median"] <= part["max"] for part in result["parts"].values())
     assert "decoding: 15 of 15 tokens equal the definition" in out and result["largest_gap"] == 0
+    assert "finite at 4 of 4 lengths" in out and result["not_finite"] == []
     net, contexts, source = tiny_model(), contexts_of(), mixsd.draw_sources(0.5, 12, 1, range(6))
     y = mixsd.decode(net, contexts, source, STOPS)
     t = len(y[0]) - 1
