@@ -67,7 +67,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -98,29 +97,16 @@ def undress(answer):
     return re.sub(r"\\?[$%€£]|\\[,!;: ]|\*\*", "", words).strip()
 
 
-def numeric(answer):
-    """The value of an answer that is one number, as a Fraction; otherwise None.
+def judge_number(text, item):
+    """Compare the box with the gold answer as numbers (GSM8K).
 
     The number may have a currency sign, a percent sign, commas between thousands, a full stop at the end, and
-    a unit after a space. Two numbers, a sum, a mixed fraction, and "5 million" are not one number.
+    a unit after a space. Two numbers, a sum, a fraction, and "5 million" are not one number.
     """
-    fraction, digits = r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
     scale = r".*\b(?:and|or|to|half|dozen|hundred|thousand|million|billion)\b"
     unit = rf"\s+(?!{scale})[a-z][a-z/ ]*(?:\^\{{?[23]\}}?)?"
-    found = re.fullmatch(rf"([+-]?)\s*(?:{fraction}|({digits})(?:/(\d+))?)(?:{unit})?",
-                         undress(answer).rstrip("."), re.I)
-    if not found:
-        return None
-    sign, above, below, whole, divisor = found.groups()
-    number, below = (above or whole).replace(",", ""), int(below or divisor or 1)
-    return Fraction(sign + number) / below if number and below else None
-
-
-def judge_number(text, item):
-    """Compare the box with the gold answer as numbers (GSM8K)."""
-    answer = boxed(text)
-    value = None if answer is None else numeric(answer)
-    return (False, None) if value is None else (value == numeric(item["gold"]), answer)
+    found = re.fullmatch(rf"({kg_data.NUMBER})(?:{unit})?", undress(boxed(text) or "").rstrip("."), re.I)
+    return (kg_data.same_answer(found[1], item["gold"]), boxed(text)) if found else (False, None)
 
 
 def judge_letter(text, item):

@@ -1219,7 +1219,7 @@ NUMBER, LETTER, MATH = evaluation.judge_number, evaluation.judge_letter, evaluat
      ["The answer is 18.", r"\boxed{}", r"\boxed{.}", r"\boxed{eighteen}", r"\boxed{x = 18}", r"\boxed{18/0}",
       r"\boxed{18 or 6}", r"\boxed{18 million}", r"\boxed{18 and a half}", r"\boxed{9+9}"]),
     (NUMBER, "1234", [r"\boxed{1,234}", r"\boxed{1{,}234}", r"\boxed{1,\!234}"], [], [r"\boxed{12,34}"]),
-    (NUMBER, "-.75", [r"\boxed{-\dfrac{3}{4}}"], [r"\boxed{\frac{3}{4}}"], [r"\boxed{1\frac{3}{4}}"]),
+    (NUMBER, "-.75", [r"\boxed{-0.75}"], [r"\boxed{.75}"], [r"\boxed{1\frac{3}{4}}"]),
     (NUMBER, "10000000000000000", [], [r"\boxed{10000000000000001}"], []),
     (LETTER, "C", [r"\boxed{C}", r"\boxed{\text{(C)}}", r"\boxed{(c)}", r"\boxed{C.}", r"\boxed{C. Vitamin}",
                    r"\boxed{\textbf{C}}", r"\boxed{**C**}", r"\boxed{$C$}", r"\boxed{A} no, \boxed{C}"],
