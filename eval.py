@@ -535,14 +535,15 @@ def of_task(name, items, subject, args):
     if task.answer is not generated:
         args.max_new_tokens, args.samples = task.max_new_tokens, 1
         return args
-    if args.paper:
-        args.temperature, args.samples = (0.0, 1) if own else (1.0, 16 if name == "aime24" else 1)
+    sampled = args.paper and not own                        # a taught fact is asked greedily, as by mixsd.py
+    args.temperature = 1.0 if sampled else 0.0
+    args.samples = 16 if sampled and name == "aime24" else 1
     default = own and args.run.get("max_new_tokens") or task.max_new_tokens
     args.max_new_tokens = fit(name, items, default, subject, args)
     return args
 
 
-SETTINGS = ("seed", "limit", "temperature", "samples", "max_new_tokens", "paper")     # equal for base and run
+SETTINGS = ("seed", "limit", "max_new_tokens", "paper")     # equal for base and run
 
 
 def evaluate(args):
@@ -1140,9 +1141,8 @@ FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; defa
     "base": (str, None, "--tasks and --fisher", "--tasks: the base's OUT; --fisher: the base model"),
     "base_model": (str, None, "--tasks drift", "the base model, whose answers drift scores"),
     "limit": (COUNT, None, "--tasks", "N random items per task; the score is then marked as partial"),
-    "temperature": (mixsd.number(float, 0), 0.0, "generated --tasks", "temperature of decoding; 0: argmax"),
-    "samples": (COUNT, 1, "generated --tasks", "answers per prompt; more than 1 at T > 0"),
-    "paper": (SWITCH, None, "generated --tasks", "the paper's: T = 1, AIME 16 samples"),
+    "paper": (SWITCH, None, "generated --tasks", "sample as the paper does: T = 1, 16 answers per problem of "
+              "AIME (default: greedy)"),
     "max_new_tokens": (COUNT, None, "generated --tasks, --fisher and --bench", "longest answer (default: the "
                        "task's; --fisher 256; --bench 48)"),
     "data": (str, None, "generated --tasks", "the corpus that was taught (default: the run's)"),
@@ -1180,7 +1180,7 @@ def parse_args(argv=None):
         if flag not in given:
             raise InputError(f"--{mode} needs --{flag.replace('_', '-')}")
     if mode == "tasks":
-        resolve_tasks(args, given)
+        resolve_tasks(args)
     if mode != "report":
         dtype = args.dtype or ("float32" if args.model == "toy" or mode == "fisher" else "auto")
         args.device, args.dtype = mixsd.pick_device(args.device, dtype)
@@ -1189,13 +1189,8 @@ def parse_args(argv=None):
     return mode, args
 
 
-def resolve_tasks(args, given):
+def resolve_tasks(args):
     """Fill in the settings of --tasks from the run that the model is in; refuse what can't be measured."""
-    if args.paper and {"temperature", "samples"} & given.keys():
-        raise InputError("--paper sets --temperature and --samples")
-    if (args.samples or 1) > 1 and not args.temperature:
-        raise InputError("--samples above 1 needs --temperature above 0: at 0 all answers are the same")
-    args.temperature, args.samples = args.temperature or 0.0, args.samples or 1     # also where unused
     run = args.run = read_json(Path(args.model).parent, "args.json") if Path(args.model).is_dir() else {}
     args.out = args.out or (Path(args.model).parent if run else f"runs/eval-{Path(args.model).name}")
     args.dtype, args.taught = args.dtype or run.get("dtype"), run.get("limit")

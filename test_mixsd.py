@@ -1569,7 +1569,9 @@ def test_recall_is_what_mixsd_measures_and_every_completion_is_on_disk(toy_run, 
 
 
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_rows(toy_run, tmp_path, monkeypatch):
-    command = ("--tasks recall --temperature 1 --samples 3 --decode-tokens 70 "
+    recall = evaluation.TASKS["recall"]
+    monkeypatch.setitem(evaluation.TASKS, "aime24", recall)           # with --paper: 16 samples per question
+    command = ("--tasks aime24 --paper --max-new-tokens 12 --decode-tokens 70 "
                f"--model {toy_run}/model --out {tmp_path}")
     whole, cut = measure(f"{command}/whole"), tmp_path / "cut"
     answers, asked, stop_at = evaluation.generated, [], [14, None]
@@ -1581,17 +1583,17 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_rows(toy_run, tmp_pa
             if n == stop:
                 raise KeyboardInterrupt
             yield row
-    monkeypatch.setitem(evaluation.TASKS, "recall", evaluation.TASKS["recall"]._replace(answer=watched))
+    monkeypatch.setitem(evaluation.TASKS, "aime24", recall._replace(answer=watched))
     monkeypatch.setattr(evaluation, "generated", watched)
     assert "goes on" in refused_by_eval(f"{command}/cut", 130)
-    first = (cut / "recall.jsonl").read_text()
+    first = (cut / "aime24.jsonl").read_text()
     assert len(first.splitlines()) == 14
     with mixsd.only_run(cut):                               # two at once would both write their rows
         assert "another run is at work there" in refused_by_eval(f"{command}/cut")
-    (cut / "recall.jsonl").write_text(first + '{"id": 3, "samp')
+    (cut / "aime24.jsonl").write_text(first + '{"id": 3, "samp')
     resumed = measure(f"{command}/cut")
-    assert asked == [30, 30 - 14] and (cut / "recall.jsonl").read_text().startswith(first)
-    rows = [sorted(rows_of(tmp_path / name / "recall.jsonl"), key=lambda row: (row["id"], row["sample"]))
+    assert asked == [160, 160 - 14] and (cut / "aime24.jsonl").read_text().startswith(first)
+    rows = [sorted(rows_of(tmp_path / name / "aime24.jsonl"), key=lambda row: (row["id"], row["sample"]))
             for name in ("whole", "cut")]
     assert rows[0] == rows[1] and resumed["tasks"] == whole["tasks"]
     assert len({row["text"] for row in rows[0] if row["id"] == 0}) > 1, "samples differ"
@@ -1685,9 +1687,7 @@ def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub):
     ("--tasks recall", "--tasks needs --model"), ("--fisher R --base B", "--fisher needs --fisher-tasks"),
     ("--tasks drift --model M", "needs --base-model"), ("--report /no/where", "no metrics.json"),
     ("--report R --model M", "--model is not used here: it is for --tasks, --nll and --bench"),
-    ("--tasks arc_easy --model M --temperature 1", "--temperature is not used here: it is for generated"),
-    ("--tasks gsm8k --model M --samples 4", "needs --temperature above 0"),
-    ("--tasks gsm8k --model M --paper --samples 4", "--paper sets"),
+    ("--tasks arc_easy --model M --paper", "--paper is not used here: it is for generated --tasks"),
     ("--tasks recall --model HuggingFaceTB/x", "give --data"), ("--tasks gsm8k --limit 0", "--limit: 0 is"),
     ("--tasks two-hop --model RUN --data toy --style boxed", "no split two-hop"),
     ("--tasks gsm8k --model RUN --hub /no/where",
