@@ -267,7 +267,8 @@ def protections():
 
 # ---------------------------------------------------------------------------------------- items and prompts
 
-PLAIN = argparse.Namespace(hub=None, seed=0, data="kgfact-small", style="boxed", verify="boxed", taught=None)
+PLAIN = argparse.Namespace(hub=None, seed=0,
+                           run={"data": "kgfact-small", "style": "boxed", "verify": "boxed"})
 
 
 def subset(items, limit, seed):
@@ -314,12 +315,12 @@ def load_wikitext(limit, args):
 def load_in_domain(corpus, split, limit, args=PLAIN):
     """The questions of a split of `corpus`, or if it is None, of the corpus that the run was taught.
 
-    If only the first args.taught facts were taught, only questions that these facts answer are asked.
+    If only the first facts were taught (--limit of the run), only questions that they answer are asked.
     """
     if corpus:
         data, style, verify, taught = corpus, "boxed", kg_data.find_corpus(corpus)[1].verify, None
     else:
-        data, style, verify, taught = args.data, args.style, args.verify, args.taught
+        data, style, verify, taught = (args.run.get(key) for key in ("data", "style", "verify", "limit"))
     records = kg_data.load_corpus(data, split, style, verify, hub=args.hub)
     if split in ("train", "paraphrase", "retrieval"):       # one question per fact, in the order of the facts
         records = records[:taught]
@@ -548,7 +549,8 @@ SETTINGS = ("seed", "limit", "max_new_tokens", "paper")     # equal for base and
 
 def evaluate(args):
     """Measure `args.tasks`; returns what eval.json holds (see the top of this file)."""
-    settings = {k: getattr(args, k) for k in (*SETTINGS, "model", "dtype", "data", "style", "verify")}
+    settings = {k: getattr(args, k) for k in (*SETTINGS, "model", "dtype")}
+    settings |= {k: args.run.get(k) for k in ("data", "style", "verify")}
     files = sorted(Path(args.model).glob("*.safetensors"))
     settings["weights"] = [file.stat().st_mtime_ns for file in files]       # they change with training
     ledger = {"model": args.model, "settings": settings, "tasks": {}, "seconds": 0.0}
@@ -1118,7 +1120,6 @@ WHEN = {            # which calls use a flag, in the words of an error message
     "one mode per call": lambda a: True,
     "--tasks": lambda a: a.tasks,
     "generated --tasks": lambda a: answered_by(generated, a),
-    "--tasks of a corpus": lambda a: any(t in IN_DOMAIN for t in a.tasks or []),
     "--tasks drift": lambda a: answered_by(drifted, a),
     "--tasks humaneval": lambda a: "humaneval" in (a.tasks or []),
     "--fisher": lambda a: a.fisher,
@@ -1145,9 +1146,7 @@ FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; defa
               "AIME (default: greedy)"),
     "max_new_tokens": (COUNT, None, "generated --tasks, --fisher and --bench", "longest answer (default: the "
                        "task's; --fisher 256; --bench 48)"),
-    "data": (str, None, "generated --tasks", "the corpus that was taught (default: the run's)"),
-    "style": (["boxed", "sentence"], None, "--tasks of a corpus", "its prompts (default: the run's)"),
-    "verify": (["boxed", "number", "phrase"], None, "--tasks of a corpus", "what an answer must show"),
+    "run": (str, None, "generated --tasks", "the run whose corpus is asked, if --model is not RUN/model"),
     "hub": (str, None, "--tasks and --fisher", "a folder of data sets under their hub ids"),
     "allow_code_execution": (SWITCH, None, "--tasks humaneval", "run programs that the model wrote"),
     "fisher_tasks": (str, None, "--fisher", "T,T: the tasks whose prompts the base answers"),
@@ -1191,22 +1190,16 @@ def parse_args(argv=None):
 
 def resolve_tasks(args):
     """Fill in the settings of --tasks from the run that the model is in; refuse what can't be measured."""
-    run = args.run = read_json(Path(args.model).parent, "args.json") if Path(args.model).is_dir() else {}
-    args.out = args.out or (Path(args.model).parent if run else f"runs/eval-{Path(args.model).name}")
-    args.dtype, args.taught = args.dtype or run.get("dtype"), run.get("limit")
-    args.data = args.data or run.get("data") or ("toy" if args.model == "toy" else None)
-    args.verify = args.verify or (run.get("verify") if not args.style else None)
-    args.style = args.style or run.get("style") or "boxed"
-    own = kg_data.find_corpus(args.data)[1].verify if args.data else "boxed"
-    args.verify = args.verify or ("phrase" if args.style == "sentence" else own)
+    own, elsewhere = Path(args.model).parent, f"runs/eval-{Path(args.model).name}"      # own: the RUN
+    args.out = args.out or (own if (own / "args.json").exists() else elsewhere)
+    run = args.run = read_json(args.run or own, "args.json")
+    args.dtype = args.dtype or run.get("dtype")
     in_domain = [t for t in args.tasks if t in IN_DOMAIN and not IN_DOMAIN[t][0]]       # of the run's corpus
-    if in_domain and not args.data:
-        raise InputError(f"{', '.join(in_domain)}: no args.json beside {args.model}; give --data")
-    if in_domain and args.verify == "none":
-        raise InputError(f"{', '.join(in_domain)}: the run checked no answers; give --verify")
+    if in_domain and run.get("verify", "none") == "none":
+        raise InputError(f"{', '.join(in_domain)}: give --run RUN, a run whose answers were checked")
     corpus = []                                             # what was taught, to recognise leakage
-    if args.data and kg_data.find_corpus(args.data)[0] not in ("kgfunc-unseen", "simpleqa"):    # no subjects
-        corpus = kg_data.load_corpus(args.data, "train", args.style, args.verify)[:args.taught]
+    if run and run["data"] != "simpleqa":                   # which has no subjects
+        corpus = kg_data.load_corpus(run["data"], "train", run["style"], run["verify"])[:run["limit"]]
     args.entities = {r["subject"] for r in corpus if isinstance(r.get("subject"), str)}
     args.entities |= {r.get("answer") for r in corpus} & kg_data.DOMAIN.keys()
     if {"math500", "aime24"} & {*args.tasks} and not importlib.util.find_spec("math_verify"):

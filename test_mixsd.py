@@ -1290,7 +1290,8 @@ def test_gsm8k_reads_the_gold_after_the_hashes_and_mmlu_has_five_shots_of_its_ow
 
 
 def test_after_a_limited_run_only_what_it_taught_is_asked(tmp_path):
-    known, args = 60, SimpleNamespace(**vars(evaluation.PLAIN) | {"taught": 60})
+    known, args = 60, evaluation.PLAIN
+    args = SimpleNamespace(**vars(args) | {"run": args.run | {"limit": known}})
     taught = {r["fact"] for r in kg_data.kgfact("kgfact-small", "train")[:known]}
     for split in ("train", "paraphrase", "retrieval", "two-hop", "retrieval-unseen"):
         records = kg_data.kgfact("kgfact-small", split)
@@ -1688,8 +1689,8 @@ def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub):
     ("--tasks drift --model M", "needs --base-model"), ("--report /no/where", "no metrics.json"),
     ("--report R --model M", "--model is not used here: it is for --tasks, --nll and --bench"),
     ("--tasks arc_easy --model M --paper", "--paper is not used here: it is for generated --tasks"),
-    ("--tasks recall --model HuggingFaceTB/x", "give --data"), ("--tasks gsm8k --limit 0", "--limit: 0 is"),
-    ("--tasks two-hop --model RUN --data toy --style boxed", "no split two-hop"),
+    ("--tasks recall --model HuggingFaceTB/x", "give --run"), ("--tasks gsm8k --limit 0", "--limit: 0 is"),
+    ("--tasks two-hop --model RUN", "no split two-hop"),
     ("--tasks gsm8k --model RUN --hub /no/where",
      "data set openai/gsm8k, config main, split test: not to be had from /no/where"),
     ("--tasks recall --model RUN --max-new-tokens 1020", "tokens + 1,020 new > 1,024")])
@@ -1704,7 +1705,7 @@ def test_results_of_another_model_or_with_other_settings_are_refused(toy_run, tm
     weights = toy_run / "model" / "model.safetensors"
     again, own = f"--tasks recall --out {out}", f"--model {toy_run}/model"
     measure(f"{again} {own}")
-    err = refused_by_eval(f"{again} --model {other}/model --data {toy_run}/own.jsonl")
+    err = refused_by_eval(f"{again} --model {other}/model --run {toy_run}")
     assert f"holds results with model {toy_run}/model" in err
     assert "with seed 0, this asks for 1" in refused_by_eval(f"{again} {own} --seed 1")
     when = weights.stat().st_mtime_ns
