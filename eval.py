@@ -267,22 +267,11 @@ def protections():
 
 # ---------------------------------------------------------------------------------------- items and prompts
 
-PLAIN = argparse.Namespace(hub=None, seed=0,
-                           run={"data": "kgfact-small", "style": "boxed", "verify": "boxed"})
-
-
-def subset(items, limit, seed):
-    """`limit` random items in their order, each with "id", its position, and "of", the number of items."""
-    order = list(range(len(items)))
-    random.Random(f"subset seed {seed}").shuffle(order)
-    return [items[i] | {"id": i, "of": len(items)} for i in sorted(order[:limit])]
-
-
 def from_hub(name, config, split, columns, item_of, first=None):
     """A Task's `load`: item_of(row) for the rows, or the `first` rows, of a data set with these columns."""
-    def load(limit, args=PLAIN):
+    def load(args):
         rows = hub_rows(name, config, split, columns.split(), args.hub)
-        return subset([item_of(row) for row in itertools.islice(rows, first)], limit, args.seed)
+        return [item_of(row) for row in itertools.islice(rows, first)]
     return load
 
 
@@ -292,27 +281,25 @@ def mmlu_block(row, answer=""):
     return f"{row['question']}\n{choices}\nAnswer:{answer}"
 
 
-def load_mmlu(limit, args=PLAIN):
+def load_mmlu(args):
     """The test questions of MMLU, each after five solved questions of its subject."""
     shots, columns = {}, ["subject", "question", "choices", "answer"]
     for row in hub_rows("cais/mmlu", "all", "dev", columns, args.hub):
         shots.setdefault(row["subject"], []).append(mmlu_block(row, rf" \boxed{{{'ABCD'[row['answer']]}}}"))
-    items = [{"subject": row["subject"], "gold": "ABCD"[row["answer"]],
-              "blocks": shots[row["subject"]][:5] + [mmlu_block(row)]}
-             for row in hub_rows("cais/mmlu", "all", "test", columns, args.hub)]
-    return subset(items, limit, args.seed)
+    return [{"subject": row["subject"], "gold": "ABCD"[row["answer"]],
+             "blocks": shots[row["subject"]][:5] + [mmlu_block(row)]}
+            for row in hub_rows("cais/mmlu", "all", "test", columns, args.hub)]
 
 
-def load_wikitext(limit, args):
+def load_wikitext(args):
     """The test text of WikiText-2 in windows of args.width tokens of args.tokenizer."""
     rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test", ["text"], args.hub)
     text = "\n\n".join(row["text"] for row in rows)         # the usual way, so that perplexities compare
     ids = args.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    starts = range(0, len(ids) - 1, args.width)
-    return subset([{"ids": ids[i:i + args.width]} for i in starts], limit, args.seed)
+    return [{"ids": ids[i:i + args.width]} for i in range(0, len(ids) - 1, args.width)]
 
 
-def load_in_domain(corpus, split, limit, args=PLAIN):
+def load_in_domain(corpus, split, args):
     """The questions of a split of `corpus`, or if it is None, of the corpus that the run was taught.
 
     If only the first facts were taught (--limit of the run), only questions that they answer are asked.
@@ -328,8 +315,8 @@ def load_in_domain(corpus, split, limit, args=PLAIN):
         facts = kg_data.load_corpus(data, "train", style, verify, hub=args.hub)[:taught]
         known = {record["fact"] for record in facts}
         records = [record for record in records if known >= {*record["needs"]}]
-    return subset([{"question": r["messages"][0]["content"], "gold": r.get("answer"), "verify": verify}
-                   for r in records], limit, args.seed)
+    return [{"question": r["messages"][0]["content"], "gold": r.get("answer"), "verify": verify}
+            for r in records]
 
 
 def math_prompt(item):
@@ -427,7 +414,7 @@ def drifted(subject, task, todo, args):
 
 class Task(NamedTuple):
     """A row of TASKS."""
-    load: Callable                  # (limit, args=PLAIN) -> items: dicts with "id" and "of", most with "gold"
+    load: Callable                  # (args) -> all items: dicts, most with "gold"
     prompt: Callable | None         # (item) -> str, a user turn
     verdict: Callable | None        # (text, item) -> (correct, extracted or None)
     max_new_tokens: int             # the paper's
@@ -505,10 +492,16 @@ def refuse_other(where, held, wanted):
 
 
 def load_items(name, args):
-    """The items of a task, each with "asked", its prompt, and "ids", the ids of the prompt."""
-    items, prompt = TASKS[name].load(args.limit, args), TASKS[name].prompt
+    """The items of a task, or args.limit random ones, in their order.
+
+    Each has "id", its position, "of", the number of all, "asked", its prompt, and "ids", those of the prompt.
+    """
+    items, prompt = TASKS[name].load(args), TASKS[name].prompt
     if not items:
         raise InputError(f"{name}: there is no question whose facts were all taught (--limit of the run)")
+    order = list(range(len(items)))
+    random.Random(f"subset seed {args.seed}").shuffle(order)
+    items = [items[i] | {"id": i, "of": len(items)} for i in sorted(order[:args.limit])]
     for item in items if prompt else []:
         item["asked"] = prompt(item)
         item["ids"] = mixsd.chat_ids(args.tokenizer, item["asked"])

@@ -1282,16 +1282,17 @@ def test_gsm8k_reads_the_gold_after_the_hashes_and_mmlu_has_five_shots_of_its_ow
             ("cais/mmlu", "test"): [row("art", 9), row("law", 2)],
             ("openai/gsm8k", "test"): [{"question": "1?", "answer": "so 2\n#### 1,400"}]}
     monkeypatch.setattr(evaluation, "hub_rows", lambda name, config, split, *_: rows[name, split])
-    assert evaluation.TASKS["gsm8k"].load(None) == [{"question": "1?", "gold": "1,400", "id": 0, "of": 1}]
-    art, law = evaluation.TASKS["mmlu"].load(None)
+    args = SimpleNamespace(hub=None)
+    assert evaluation.TASKS["gsm8k"].load(args) == [{"question": "1?", "gold": "1,400"}]
+    art, law = evaluation.TASKS["mmlu"].load(args)
     assert (art["gold"], law["gold"]) == ("B", "C") and len(law["blocks"]) == 6
     assert law["blocks"][1] == "law 1?\nA. a\nB. b\nC. c\nD. d\nAnswer: \\boxed{B}"
     assert law["blocks"][5].endswith("D. d\nAnswer:") and "law" not in "".join(art["blocks"])
 
 
 def test_after_a_limited_run_only_what_it_taught_is_asked(tmp_path):
-    known, args = 60, evaluation.PLAIN
-    args = SimpleNamespace(**vars(args) | {"run": args.run | {"limit": known}})
+    known, run = 60, {"data": "kgfact-small", "style": "boxed", "verify": "boxed"}
+    args = SimpleNamespace(hub=None, run=run | {"limit": known})
     taught = {r["fact"] for r in kg_data.kgfact("kgfact-small", "train")[:known]}
     for split in ("train", "paraphrase", "retrieval", "two-hop", "retrieval-unseen"):
         records = kg_data.kgfact("kgfact-small", split)
@@ -1299,7 +1300,7 @@ def test_after_a_limited_run_only_what_it_taught_is_asked(tmp_path):
             records = [r for r in records if {*r["needs"]} <= taught]
         elif split != "retrieval-unseen":
             records = records[:known]
-        items = evaluation.load_in_domain(None, split, None, args)
+        items = evaluation.load_in_domain(None, split, args)
         assert [item["question"] for item in items] == [question_of(r) for r in records] != []
     few = tiny_run(tmp_path, data="kgfact-small", style="boxed", verify="boxed", limit=24)
     err = refused_by_eval(f"--tasks two-hop --model {few}/model")
