@@ -25,12 +25,13 @@ A wrong completion has the first of these kinds that applies:
 OUT (default: RUN for RUN/model, otherwise runs/eval-MODEL) holds TASK.jsonl, which grows by one line per
 completion, and eval.json. A killed evaluation continues from these files. eval.json holds:
 
-    model, settings         what was measured, and how; OUT refuses results with other settings
+    model, settings         what was measured, and how, with the VERSION of the tasks; OUT refuses results
+                            with other settings
     tasks {task: score}     accuracy, n (problems), low, high, samples, no_answer (share), errors {kind: n};
                             or nll (nats/token), tokens, n. The drift tasks also have base_nll, rise, the
                             difference, with its 95 % interval low, high, and kl, KL(base || model) in
                             nats/token over the full vocabulary. Every score has "of" (how many
-                            problems can be asked), "partial" (whether n is less), "version" (of the task)
+                            problems can be asked), "partial" (whether n is less)
     average, average_of     the mean accuracy, and its tasks: those of the paper's five benchmarks that were
                             measured, or if there are none, those of arc_easy and held_out
     base_out                the --base folder, where the base was measured
@@ -78,6 +79,7 @@ import mixsd
 from kg_data import InputError, boxed, hub_rows
 from mixsd import RunError, read_json, write_json
 
+VERSION = 1             # of the tasks; increases when a change makes old scores incomparable
 FIVE = ["gsm8k", "math500", "aime24", "humaneval", "mmlu"]              # the paper's held-out benchmarks
 SMALL = ["arc_easy", "held_out"]                                        # held-out tasks for small models
 IN_DOMAIN = {               # task: (its corpus, None for the corpus of the run; the split that is asked)
@@ -418,7 +420,6 @@ class Task(NamedTuple):
     prompt: Callable | None         # (item) -> str, a user turn
     verdict: Callable | None        # (text, item) -> (correct, extracted or None)
     max_new_tokens: int             # the paper's
-    version: int                    # increases when a change makes old scores incomparable
     answer: Callable = generated    # how the model answers: one of the four functions above
     must_end: bool = False          # a completion that the length limit cuts is wrong, as in mixsd.py
 
@@ -430,19 +431,19 @@ ARC = "allenai/ai2_arc", "ARC-Easy", "test", "question choices answerKey", lambd
 TASKS: dict[str, Task] = {
     "gsm8k": Task(from_hub("openai/gsm8k", "main", "test", "question answer", lambda row: {
         "question": row["question"], "gold": row["answer"].split("####")[-1].strip()}),
-        math_prompt, judge_number, 16384, 1),
+        math_prompt, judge_number, 16384),
     "math500": Task(from_hub("HuggingFaceH4/MATH-500", None, "test", "problem answer", lambda row: {
-        "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384, 1),
+        "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384),
     "aime24": Task(from_hub("HuggingFaceH4/aime_2024", None, "train", "problem answer", lambda row: {
-        "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384, 1),
+        "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384),
     "humaneval": Task(from_hub("openai/openai_humaneval", None, "test",
                                "prompt test entry_point canonical_solution", lambda row: row | {
-        "gold": row["canonical_solution"]}), code_prompt, judge_code, 16384, 1),
-    "mmlu": Task(load_mmlu, mmlu_prompt, judge_letter, 1024, 1),
-    "arc_easy": Task(from_hub(*ARC), QUESTION, lambda text, item: (text == item["gold"], text), 0, 1, chosen),
-    "wikitext": Task(load_wikitext, None, None, 0, 1, windowed),
-    "drift": Task(from_hub(*ARC, first=50), QUESTION, None, 64, 1, drifted),
-} | {task: Task(functools.partial(load_in_domain, *of), QUESTION, judge_in_domain, 1024, 1, must_end=True)
+        "gold": row["canonical_solution"]}), code_prompt, judge_code, 16384),
+    "mmlu": Task(load_mmlu, mmlu_prompt, judge_letter, 1024),
+    "arc_easy": Task(from_hub(*ARC), QUESTION, lambda text, item: (text == item["gold"], text), 0, chosen),
+    "wikitext": Task(load_wikitext, None, None, 0, windowed),
+    "drift": Task(from_hub(*ARC, first=50), QUESTION, None, 64, drifted),
+} | {task: Task(functools.partial(load_in_domain, *of), QUESTION, judge_in_domain, 1024, must_end=True)
      for task, of in IN_DOMAIN.items()}
 TASKS["drift-taught"] = TASKS["drift"]._replace(load=TASKS["drift-taught"].load)
 
@@ -537,12 +538,12 @@ def of_task(name, items, subject, args):
     return args
 
 
-SETTINGS = ("seed", "limit", "max_new_tokens", "paper")     # equal for base and run
+ALIKE = ("seed", "limit", "max_new_tokens", "paper", "version")          # equal for base and run
 
 
 def evaluate(args):
     """Measure `args.tasks`; returns what eval.json holds (see the top of this file)."""
-    settings = {k: getattr(args, k) for k in (*SETTINGS, "model", "dtype")}
+    settings = {k: getattr(args, k) for k in (*ALIKE, "model", "dtype")}
     settings |= {k: args.run.get(k) for k in ("data", "style", "verify")}
     files = sorted(Path(args.model).glob("*.safetensors"))
     settings["weights"] = [file.stat().st_mtime_ns for file in files]       # they change with training
@@ -562,8 +563,7 @@ def evaluate(args):
         write_json(args.out / "eval.json", ledger)
         for t in args.tasks:
             start = time.time()
-            score = scored(answered(t, items[t], subject, each[t]))
-            ledger["tasks"][t] = score | {"version": TASKS[t].version}
+            ledger["tasks"][t] = scored(answered(t, items[t], subject, each[t]))
             ledger["seconds"] += time.time() - start
             ledger |= against_base(ledger["tasks"], base, args) | {"peak_gib": mixsd.peak_gib()}
             write_json(args.out / "eval.json", ledger)
@@ -574,14 +574,11 @@ def answered(name, items, subject, args):
     """Read the rows of OUT/TASK.jsonl, generate and append the missing rows, return all rows."""
     task, path = TASKS[name], args.out / f"{name}.jsonl"
     rows = mixsd.read_lines(path)
-    if rows:
-        refuse_other(path, rows[0], {"version": task.version})
     done = {(row["id"], row["sample"]) for row in rows}
     todo = [(item, s) for s in range(args.samples) for item in items if (item["id"], s) not in done]
     answers = task.answer(subject, task, todo, args)
     for item, sample, row in tqdm(answers, name, len(todo), disable=args.quiet):
-        known = {"id": item["id"], "of": item["of"], "sample": sample, "version": task.version}
-        rows.append(known | row)
+        rows.append({"id": item["id"], "of": item["of"], "sample": sample} | row)
         mixsd.append_lines(path, rows[-1:])
     return rows
 
@@ -591,7 +588,7 @@ def base_scores(args, names):
     held = read_json(args.base, "eval.json")
     if not held:
         raise InputError(f"--base {args.base}: no eval.json; evaluate the base first, with --out {args.base}")
-    refuse_other(f"--base {args.base}", held["settings"], {k: getattr(args, k) for k in SETTINGS})
+    refuse_other(f"--base {args.base}", held["settings"], {k: getattr(args, k) for k in ALIKE})
     missing = [t for t in names if t in FIVE + SMALL
                and not (t in held["tasks"] and (Path(args.base) / f"{t}.jsonl").exists())]
     if missing:
@@ -1186,7 +1183,7 @@ def resolve_tasks(args):
     own, elsewhere = Path(args.model).parent, f"runs/eval-{Path(args.model).name}"      # own: the RUN
     args.out = args.out or (own if (own / "args.json").exists() else elsewhere)
     run = args.run = read_json(args.run or own, "args.json")
-    args.dtype = args.dtype or run.get("dtype")
+    args.dtype, args.version = args.dtype or run.get("dtype"), VERSION
     in_domain = [t for t in args.tasks if t in IN_DOMAIN and not IN_DOMAIN[t][0]]       # of the run's corpus
     if in_domain and run.get("verify", "none") == "none":
         raise InputError(f"{', '.join(in_domain)}: give --run RUN, a run whose answers were checked")
