@@ -977,7 +977,7 @@ def read_run(folder):
                  if held.get("retention_interval") and held["average_of"] == names}
     return dict.fromkeys(COLUMNS) | values(after) | {
         **{key: m[key] for key in ("model", "data", "method", "rho", "seed")},
-        "lr": read_json(folder, "args.json").get("lr"), "interval": interval,
+        "interval": interval,
         "base": values(before) | ({"held_out": at_first, "retention": 1.0} if at_first else {}),
         "kl": after.get("drift-taught", {}).get("kl"), "held_out": held_out, "held_out_of": names,
         "partial": any(after[t].get("partial") for t in names),
@@ -996,33 +996,25 @@ def mean_and_spread(values, digits=2):
     return f"{statistics.fmean(values):,.{digits}f}{spread}" if values else "-"
 
 
-def labels_of(folders, runs):
-    """The method of each run, with the flags in which it differs from other runs of its method and rho.
-
-    Seeds and learning rates are left out, and so is a flag at its default.
-    """
-    settings, labels = [read_json(folder, "args.json") | {"seed": None, "lr": None} for folder in folders], []
-    for own in settings:
-        own |= {k: "" for k in ("targets", "only", "replay") if own.get(k)}     # a file name says little
-    for run, own in zip(runs, settings):
-        alike = [s for r, s in zip(runs, settings) if (r["method"], r["rho"]) == (run["method"], run["rho"])]
-        differs = [k for k, v in own.items() if v not in (None, mixsd.FLAGS.get(k, [None] * 2)[1])
-                   and not k.endswith("_sha256") and any(s.get(k) != v for s in alike)]
-        flags = [f"--{k.replace('_', '-')} {own[k]:{'g' * isinstance(own[k], float)}}" for k in differs]
-        labels.append(" ".join([run["method"], *map(str.strip, flags)]))
-    return labels
-
-
 def grouped(folders, runs):
-    """{(label, rho, learning rate): runs that differ only in their seed}, in the order of the report.
+    """{(method and flags, rho): runs that differ only in their seed}, in the order of the report.
 
-    The learning rate is None if all runs have the same.
+    The flags are those that vary over the runs, where they are not at their default. Of a file, only that it
+    was given is said.
     """
-    groups, rates = {}, {run["lr"] for run in runs}
-    for label, run in zip(labels_of(folders, runs), runs):
-        groups.setdefault((label, run["rho"], run["lr"] if len(rates) > 1 else None), []).append(run)
-    return dict(sorted(groups.items(), key=lambda group: (
-        "mixsd" in group[0][0], group[0][0], group[0][1] or 0, group[0][2] or 0)))
+    settings, groups = [read_json(folder, "args.json") for folder in folders], {}
+    for own in settings:
+        own |= {flag: "" for flag in ("only", "replay") if own.get(flag)}
+    for run, own in zip(runs, settings):
+        label = run["method"]
+        for flag in sorted(own.keys() & mixsd.FLAGS.keys() - {"method", "rho", "seed", "targets"}):
+            varies = len({other[flag] for other in settings if flag in other}) > 1
+            if varies and own[flag] not in (None, mixsd.FLAGS[flag][1]):
+                value = f"{own[flag]:g}" if isinstance(own[flag], float) else str(own[flag])
+                label += f" --{flag.replace('_', '-')} {value}".rstrip()
+        groups.setdefault((label, run["rho"]), []).append(run)
+    order = sorted(groups, key=lambda group: ("mixsd" in group[0], group[0], group[1] or 0))
+    return {group: groups[group] for group in order}
 
 
 def report(args):
@@ -1038,12 +1030,10 @@ def report(args):
     names = sorted({t for r in runs for t in r["held_out_of"]} - {"held_out"})
     if names:
         columns["held_out"] = ", ".join(names) + " (partial)" * any(r["partial"] for r in runs)
-    keys = ["method", "rho"] + ["lr"] * (len({r["lr"] for r in runs}) > 1)
-    heads = [*keys, "seeds", *columns.values()]
+    heads = ["method", "rho", "seeds", *columns.values()]
     print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
-    for row, group in ({("base", None, None): list(bases.values())} | groups).items():
-        cells = ["-" if x is None else x if isinstance(x, str) else f"{x:g}" for x in row[:len(keys)]]
-        cells += [str(len(group))]
+    for (label, rho), group in ({("base", None): list(bases.values())} | groups).items():
+        cells = [label, "-" if rho is None else f"{rho:g}", str(len(group))]
         cells += [mean_and_spread([r.get(key) for r in group], COLUMNS[key][1]) for key in columns]
         print(f"| {' | '.join(cells)} |")
     if CAN_DRAW:
@@ -1064,7 +1054,7 @@ def frontier(groups, base_recall, held_out, path):
     colors = "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
     lines, looks = {}, itertools.cycle(zip(colors, "sD^vPX<"))                  # looks of methods without rho
     with picture(path, figsize=(9, 4.8)) as (axes,):
-        for (method, *numbers), group in ({("base",): [start]} | groups).items():
+        for (method, rho), group in ({("base", None): [start]} | groups).items():
             group = [run for run in group if None not in (run[x], run["recall"])]
             if not group:
                 continue
@@ -1075,10 +1065,9 @@ def frontier(groups, base_recall, held_out, path):
                 color, mark = next(looks)
             else:
                 lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
-                color, mark = matplotlib.colormaps["viridis_r"](numbers[0]), "odhp"[(len(lines) - 1) % 4]
-            settings = [f", {name} = {v:g}" for name, v in zip(("ρ", "lr"), numbers) if v is not None]
+                color, mark = matplotlib.colormaps["viridis_r"](rho), "odhp"[(len(lines) - 1) % 4]
             axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
-                         edgecolors="white", label=method + "".join(settings))
+                         edgecolors="white", label=method if rho is None else f"{method}, ρ = {rho:g}")
             for run in group:
                 reach = [[[abs(end - run[side])] for end in run["interval"].get(side, [run[side]] * 2)]
                          for side in (x, "recall")]

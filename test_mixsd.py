@@ -1851,10 +1851,12 @@ def test_the_report_does_not_average_runs_that_differ_in_more_than_the_seed(tmp_
     def labels(*settings):
         folders = [tmp_path / str(i) for i in range(len(settings))]
         for folder, more in zip(folders, settings):
-            jsonl(folder / "args.json", {"temperature": 0.0, "seed": 0, "lr": 1e-5, "top_k": None} | more)
-        return evaluation.labels_of(folders, [{"method": "mixsd", "rho": 0.3} for _ in settings])
+            jsonl(folder / "args.json", {"temperature": 0.0, "seed": 0, "lr": 1e-5, "only": None} | more)
+        groups = evaluation.grouped(folders, [{"method": "mixsd", "rho": 0.3} for _ in settings])
+        return [label for (label, _), runs in groups.items() for _ in runs]
     only = {"temperature": 1.0, "only": "runs/a/targets.jsonl", "only_sha256": "f00"}
     assert labels({}, {"seed": 1}, {"temperature": 1.0}) == ["mixsd"] * 2 + ["mixsd --temperature 1"]
     assert labels({}, {"seed": 1}) == ["mixsd"] * 2, "a flag that none of them sets apart goes unsaid"
-    assert labels(only, only | {"seed": 3}) == ["mixsd"] * 2
-    assert labels({}, only) == ["mixsd", "mixsd --temperature 1 --only"]
+    assert labels(only, only | {"seed": 3, "only": "runs/b/targets.jsonl"}) == ["mixsd"] * 2
+    assert labels({}, only) == ["mixsd", "mixsd --only --temperature 1"]
+    assert labels({}, {"lr": 1e-4}) == ["mixsd --lr 0.0001", "mixsd --lr 1e-05"]
