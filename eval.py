@@ -1044,37 +1044,31 @@ def report(args):
 def frontier(groups, base_recall, held_out, path):
     """Draw recall against drift, or if no run has a drift, against retention.
 
-    There is one mark per run, with its 95 % intervals; a line joins the means of MixSD in the order of rho.
+    There is one mark per run, with its 95 % intervals; a line joins the means of a method over rho.
     groups  as `grouped` returns them
     """
     import matplotlib
     drifted = any(run.get("drift") is not None for group in groups.values() for run in group)
     x = "drift" if drifted else "retention"
-    start = {x: 0.0 if drifted else 1.0, "recall": base_recall, "interval": {}}
-    colors = "tab:red tab:purple tab:orange tab:brown tab:pink tab:olive tab:cyan".split()
-    lines, looks = {}, itertools.cycle(zip(colors, "sD^vPX<"))                  # looks of methods without rho
     with picture(path, figsize=(9, 4.8)) as (axes,):
-        for (method, rho), group in ({("base", None): [start]} | groups).items():
-            group = [run for run in group if None not in (run[x], run["recall"])]
-            if not group:
-                continue
-            points = [[run[side] for run in group] for side in (x, "recall")]
-            if method == "base":
-                color, mark = "black", "*"
-            elif not method.startswith("mixsd"):
-                color, mark = next(looks)
-            else:
-                lines.setdefault(method, []).append([statistics.fmean(side) for side in points])
-                color, mark = matplotlib.colormaps["viridis_r"](rho), "odhp"[(len(lines) - 1) % 4]
-            axes.scatter(*points, color=color, marker=mark, s=160 if method == "base" else 60, zorder=3,
-                         edgecolors="white", label=method if rho is None else f"{method}, ρ = {rho:g}")
-            for run in group:
-                reach = [[[abs(end - run[side])] for end in run["interval"].get(side, [run[side]] * 2)]
-                         for side in (x, "recall")]
-                axes.errorbar(run[x], run["recall"], yerr=reach[1], xerr=reach[0], color=color, alpha=0.3,
-                              linewidth=1)
-        for line in lines.values():
-            axes.plot(*zip(*line), color="gray", linewidth=1, zorder=2)
+        axes.plot([0.0 if drifted else 1.0], [base_recall], "k*", markersize=12, label="base")
+        for n, (_, keys) in enumerate(itertools.groupby(groups, operator.itemgetter(0))):
+            means = []
+            for key in keys:
+                group = [run for run in groups[key] if None not in (run[x], run["recall"])]
+                if not group:
+                    continue
+                points = torch.tensor([[run[side] for run in group] for side in (x, "recall")])     # (2, n)
+                ends = torch.tensor([[run["interval"].get(side, [run[side]] * 2) for run in group]
+                                     for side in (x, "recall")])
+                reach = (ends - points[:, :, None]).abs().mT                    # (2, 2, n): low, high
+                method, rho = key
+                color = f"C{n}" if rho is None else matplotlib.colormaps["viridis_r"](rho)
+                axes.errorbar(*points, xerr=reach[0], yerr=reach[1], fmt="sD^vPX<odhp"[n % 11],
+                              color=color, ecolor=(color, 0.3),
+                              label=method if rho is None else f"{method}, ρ = {rho:g}")
+                means.append(points.mean(1))
+            axes.plot(*zip(*means), color="gray", linewidth=1, zorder=1)
         axes.set(xlabel="drift: rise of the NLL of the base's own answers, nats/token (less is better: right)"
                  if drifted else f"retention: {held_out} accuracy, after / before",
                  ylabel="recall of all facts", ylim=(-0.03, 1.05))
