@@ -1729,7 +1729,7 @@ def test_the_papers_decoding_and_the_clip_of_a_default_length(toy_run, capsys):
 
 # ----------------------------------------------------------------- eval.py: target NLL, Fisher, bench, report
 
-def test_target_nll_is_the_mean_over_all_tokens_with_quantiles_and_pictures(toy_run, tmp_path):
+def test_target_nll_is_the_mean_over_all_tokens_with_pictures(toy_run, tmp_path):
     subject, targets = subject_in(toy_run), [[8, 9, 2], [7, 2]]
     lines = [turns("Name the town of the baker .", subject.tokenizer.decode(y[:-1]), target_ids=y)
              for y in targets]
@@ -1737,13 +1737,12 @@ def test_target_nll_is_the_mean_over_all_tokens_with_quantiles_and_pictures(toy_
     text = jsonl(tmp_path / "text.jsonl", {"messages": lines[0]["messages"]})
     prompt = mixsd.chat_ids(subject.tokenizer, "Name the town of the baker .")
     with torch.no_grad():
-        nats = sorted(x for y in targets for x in plain_nll(subject.model, prompt, y).tolist())
+        nats = [x for y in targets for x in plain_nll(subject.model, prompt, y).tolist()]
     files = measure(f"--nll {full} {text} --model {toy_run}/model --out {tmp_path}/out")["files"]
     found = files[str(full)]
     assert (found["targets"], found["tokens"]) == (2, 5)
     assert found["mean"] == pytest.approx(sum(nats) / 5, rel=1e-4)
     assert found["above_5"] == sum(x > 5 for x in nats) / 5 and 0 < found["above_5"] < 1
-    assert [found["quantiles"][q] for q in ("0.5", "1.0")] == pytest.approx([nats[2], nats[4]], rel=1e-4)
     assert files[str(text)]["tokens"] == 3, "a text is closed with the stop token"
     assert all((tmp_path / "out" / name).read_bytes()[1:4] == b"PNG" for name in ("target.png", "ecdf.png"))
 
