@@ -699,9 +699,8 @@ def draw_targets(firsts, tokenizer, path):
             for who, (colour, label) in looks.items():
                 places = [t for t, s in enumerate(source) if s == who]
                 if places:
-                    axes.bar(places, [nlls[t] for t in places], color=colour, label=label)
-            for t, nats in enumerate(nlls):
-                axes.annotate(f"{nats:.1f}", (t, nats), ha="center", va="bottom", fontsize=8)
+                    bars = axes.bar(places, [nlls[t] for t in places], color=colour, label=label)
+                    axes.bar_label(bars, fmt="%.1f", fontsize=8)
             words = [tokenizer.decode([i]).strip() or "space" for i in target["target_ids"]]
             axes.set_xticks(range(len(nlls)), words, rotation=30, ha="right")
             for word, who in zip(axes.get_xticklabels(), source):       # a bar near 0 can't be seen
