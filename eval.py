@@ -642,9 +642,6 @@ def print_scores(ledger):
 
 # --------------------------------------------------------------------------------- why: target NLL and Fisher
 
-CAN_DRAW = importlib.util.find_spec("matplotlib") is not None
-
-
 @contextlib.contextmanager
 def picture(path, rows=1, **options):
     """Yields the `rows` axes of a new picture, one below the other; saves it as `path` at the end."""
@@ -665,7 +662,7 @@ def target_nll(args):
     """{"files": {file: {"targets", "tokens", "mean", "above_5"}}} of target files, under a base.
 
     Also draws OUT/target.png (the first target of each file, token by token) and OUT/ecdf.png (the share of
-    tokens up to each NLL; paper: the ECDF of target NLL), if matplotlib is installed.
+    tokens up to each NLL; paper: the ECDF of target NLL).
     """
     model, tokenizer, stops = load_subject(args.model, args, args.dtype)
     files, firsts, curves = {}, [], {}
@@ -679,9 +676,8 @@ def target_nll(args):
                        "above_5": (nll > 5).double().mean().item()}
         print("{path}: {mean:.3f} nats/token, {above_5:.2%} of {tokens:,} tokens above 5".format(
             path=path, **files[path]), flush=True)
-    if CAN_DRAW:
-        draw_targets(firsts, tokenizer, args.out / "target.png")
-        draw_ecdf(curves, args.out / "ecdf.png")
+    draw_targets(firsts, tokenizer, args.out / "target.png")
+    draw_ecdf(curves, args.out / "ecdf.png")
     return {"model": args.model, "files": files, "peak_gib": mixsd.peak_gib()}
 
 
@@ -1030,8 +1026,7 @@ def report(args):
         cells = [label, "-" if rho is None else f"{rho:g}", str(len(group))]
         cells += [mean_and_spread([r.get(key) for r in group], COLUMNS[key][1]) for key in columns]
         print(f"| {' | '.join(cells)} |")
-    if CAN_DRAW:
-        frontier(groups, runs[0]["base"].get("recall"), columns.get("held_out"), args.out / "frontier.png")
+    frontier(groups, runs[0]["base"].get("recall"), columns.get("held_out"), args.out / "frontier.png")
     return {"runs": dict(zip(args.report, runs))}
 
 
@@ -1081,6 +1076,7 @@ def answered_by(way, args):
     return [t for t in args.tasks or [] if TASKS[t].answer is way]
 
 
+NEEDS = {"matplotlib": {"nll", "report"}, "math_verify": {"math500", "aime24"}, "trl": {"trl"}}
 MODES = {"tasks": evaluate, "nll": target_nll, "fisher": fisher_runs, "bench": bench, "report": report}
 FILES, COUNT, SWITCH = {"nargs": "+", "metavar": "FILE"}, mixsd.COUNT, mixsd.SWITCH
 WHEN = {            # which calls use a flag, in the words of an error message
@@ -1145,6 +1141,9 @@ def parse_args(argv=None):
     for flag in needed + ["base_model"] * bool(answered_by(drifted, args)):
         if flag not in given:
             raise InputError(f"--{mode} needs --{flag.replace('_', '-')}")
+    for package, users in NEEDS.items():
+        if users & {mode, *(args.tasks or args.bench or [])} and not importlib.util.find_spec(package):
+            raise InputError(f"{' and '.join(sorted(users))} need: pip install {package.replace('_', '-')}")
     if mode == "tasks":
         resolve_tasks(args)
     if mode != "report":
@@ -1169,8 +1168,6 @@ def resolve_tasks(args):
         corpus = kg_data.load_corpus(run["data"], "train", run["style"], run["verify"])[:run["limit"]]
     args.entities = {r["subject"] for r in corpus if isinstance(r.get("subject"), str)}
     args.entities |= {r.get("answer") for r in corpus} & kg_data.DOMAIN.keys()
-    if {"math500", "aime24"} & {*args.tasks} and not importlib.util.find_spec("math_verify"):
-        raise InputError("math500 and aime24 are judged by math-verify: pip install math-verify")
     if "humaneval" in args.tasks and not (args.allow_code_execution and sys.platform == "linux"):
         raise InputError("humaneval runs programs that the model wrote: give --allow-code-execution, on Linux"
                          ", best in a container (the top of eval.py says what its sandbox leaves open)")
@@ -1183,8 +1180,6 @@ def main(argv=None):
         result = MODES[mode](args)
         if mode == "tasks":
             print_scores(result)
-        if not CAN_DRAW and mode in ("nll", "report"):
-            print("no picture: pip install matplotlib")
         print(json.dumps(result))
     return mixsd.exit_code("eval.py", job)
 

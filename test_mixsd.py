@@ -1701,6 +1701,11 @@ def test_bad_input_of_an_evaluation_is_one_line(toy_run, tmp_path, command, says
     assert says in err and not (tmp_path / "out").exists()
 
 
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda package: None)
+    assert "math500 need: pip install math-verify" in refused_by_eval("--tasks aime24 --model M")
+
+
 def test_results_of_another_model_or_with_other_settings_are_refused(toy_run, tmp_path, monkeypatch):
     other, out = tiny_run(tmp_path / "other", seed=1), tmp_path / "out"
     weights = toy_run / "model" / "model.safetensors"
