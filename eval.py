@@ -1071,19 +1071,13 @@ def frontier(groups, base_recall, held_out, path):
 
 # --------------------------------------------------------------------------------------------- command line
 
-def answered_by(way, args):
-    """The tasks of args.tasks that `way` answers, one of the four functions, e.g. generated."""
-    return [t for t in args.tasks or [] if TASKS[t].answer is way]
-
-
 NEEDS = {"matplotlib": {"nll", "report"}, "math_verify": {"math500", "aime24"}, "trl": {"trl"}}
 MODES = {"tasks": evaluate, "nll": target_nll, "fisher": fisher_runs, "bench": bench, "report": report}
 FILES, COUNT, SWITCH = {"nargs": "+", "metavar": "FILE"}, mixsd.COUNT, mixsd.SWITCH
 WHEN = {            # which calls use a flag, in the words of an error message
     "one mode per call": lambda a: True,
     "--tasks": lambda a: a.tasks,
-    "generated --tasks": lambda a: answered_by(generated, a),
-    "--tasks drift": lambda a: answered_by(drifted, a),
+    "--tasks drift": lambda a: [t for t in a.tasks or [] if t.startswith("drift")],
     "--tasks humaneval": lambda a: "humaneval" in (a.tasks or []),
     "--fisher": lambda a: a.fisher,
     "--bench": lambda a: a.bench,
@@ -1091,9 +1085,7 @@ WHEN = {            # which calls use a flag, in the words of an error message
     "--tasks, --nll and --bench": lambda a: a.tasks or a.nll or a.bench,
     "--tasks, --nll and --report": lambda a: a.tasks or a.nll or a.report,
     "--tasks, --fisher and --bench": lambda a: a.tasks or a.fisher or a.bench,
-    "every mode but --report": lambda a: not a.report,
-    "what decodes": lambda a: answered_by(generated, a) or answered_by(drifted, a) or a.fisher,
-    "generated --tasks, --fisher and --bench": lambda a: answered_by(generated, a) or a.fisher or a.bench}
+    "every mode but --report": lambda a: not a.report}
 FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; default; used by; help)
     "tasks": (str, None, "one mode per call", f"T,T: measure {', '.join(TASKS)}"),
     "nll": (FILES, None, "one mode per call", "NLL of target FILEs under --model, the base; two pictures"),
@@ -1105,11 +1097,11 @@ FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; defa
     "base": (str, None, "--tasks and --fisher", "--tasks: the base's OUT; --fisher: the base model"),
     "base_model": (str, None, "--tasks drift", "the base model, whose answers drift scores"),
     "limit": (COUNT, None, "--tasks", "N random items per task; the score is then marked as partial"),
-    "paper": (SWITCH, None, "generated --tasks", "sample as the paper does: T = 1, 16 answers per problem of "
+    "paper": (SWITCH, None, "--tasks", "sample as the paper does: T = 1, 16 answers per problem of "
               "AIME (default: greedy)"),
-    "max_new_tokens": (COUNT, None, "generated --tasks, --fisher and --bench", "longest answer (default: the "
-                       "task's; --fisher 256; --bench 48)"),
-    "run": (str, None, "generated --tasks", "the run whose corpus is asked, if --model is not RUN/model"),
+    "max_new_tokens": (COUNT, None, "--tasks, --fisher and --bench",
+                       "longest answer (default: the task's; --fisher 256; --bench 48)"),
+    "run": (str, None, "--tasks", "the run whose corpus is asked, if --model is not RUN/model"),
     "hub": (str, None, "--tasks and --fisher", "a folder of data sets under their hub ids"),
     "allow_code_execution": (SWITCH, None, "--tasks humaneval", "run programs that the model wrote"),
     "fisher_tasks": (str, None, "--fisher", "T,T: the tasks whose prompts the base answers"),
@@ -1118,7 +1110,8 @@ FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; defa
     "seed": (mixsd.FROM_0, 0, "--tasks, --fisher and --bench", "of subsets, samples, who speaks, toy base"),
     "device": (str, "auto", "every mode but --report", "auto, cuda, cuda:1, mps or cpu"),
     "dtype": (["auto", "float32", "bfloat16"], None, "--tasks, --nll and --bench", "compute type"),
-    "decode_tokens": (COUNT, None, "what decodes", mixsd.FLAGS["decode_tokens"][3]),
+    "decode_tokens": (COUNT, 65536, "--tasks and --fisher",
+                      "KV slots of a decoding batch: rows x (prompt + new)"),
     "micro_tokens": (COUNT, 2048, "--tasks, --nll and --bench", "padded tokens of a scored batch"),
     "out": (str, None, "--tasks, --nll and --report", "where results go (default: the run's, or runs/...)"),
     "quiet": (SWITCH, None, "every mode but --report", "no progress bars")}
@@ -1138,7 +1131,7 @@ def parse_args(argv=None):
                 raise InputError(f"no task {', '.join(unknown)} here; known: {', '.join(known)}")
     args, _ = mixsd.settle(given, {}, FLAGS, WHEN)
     needed = {"fisher": ["base", "fisher_tasks"], "report": []}.get(mode, ["model"])
-    for flag in needed + ["base_model"] * bool(answered_by(drifted, args)):
+    for flag in needed + ["base_model"] * bool(WHEN["--tasks drift"](args)):
         if flag not in given:
             raise InputError(f"--{mode} needs --{flag.replace('_', '-')}")
     for package, users in NEEDS.items():

@@ -1689,7 +1689,7 @@ def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub):
     ("--tasks recall", "--tasks needs --model"), ("--fisher R --base B", "--fisher needs --fisher-tasks"),
     ("--tasks drift --model M", "needs --base-model"), ("--report /no/where", "no metrics.json"),
     ("--report R --model M", "--model is not used here: it is for --tasks, --nll and --bench"),
-    ("--tasks arc_easy --model M --paper", "--paper is not used here: it is for generated --tasks"),
+    ("--nll f --model M --paper", "--paper is not used here: it is for --tasks"),
     ("--tasks recall --model HuggingFaceTB/x", "give --run"), ("--tasks gsm8k --limit 0", "--limit: 0 is"),
     ("--tasks two-hop --model RUN", "no split two-hop"),
     ("--tasks gsm8k --model RUN --hub /no/where",
