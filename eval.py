@@ -359,12 +359,6 @@ def load_subject(model, args, dtype):
     return Subject(model, tokenizer, mixsd.stop_ids(model, tokenizer))
 
 
-def nll_of(model, prompt, targets, args):
-    """The mean nats/token of each of `targets` (lists of ids) after `prompt`."""
-    pairs = [(prompt, target) for target in targets]
-    return [nll.mean().item() for nll in mixsd.token_nlls(model, pairs, 0, args.micro_tokens)]
-
-
 def generated(subject, task, todo, args):
     """The model writes a completion, and task.verdict judges it."""
     for sample in sorted({sample for _, sample in todo}):
@@ -382,8 +376,8 @@ def generated(subject, task, todo, args):
 def chosen(subject, task, todo, args):
     """The model answers with the choice whose text has the lowest mean NLL after the prompt."""
     for item, sample in todo:
-        ids = [mixsd.written_ids(subject.tokenizer, text, []) for text in item["choices"]]
-        nll = nll_of(subject.model, item["ids"], ids, args)
+        pairs = [(item["ids"], mixsd.written_ids(subject.tokenizer, text, [])) for text in item["choices"]]
+        nll = [nlls.mean().item() for nlls in mixsd.token_nlls(subject.model, pairs, 0, args.micro_tokens)]
         text = item["choices"][nll.index(min(nll))]
         correct, extracted = task.verdict(text, item)
         yield item, sample, {"prompt": item["asked"], "text": text, "extracted": extracted,
@@ -393,8 +387,9 @@ def chosen(subject, task, todo, args):
 def windowed(subject, task, todo, args):
     """The NLL of a window of text; its first token is context only."""
     for item, sample in todo:
-        nll, = nll_of(subject.model, item["ids"][:1], [item["ids"][1:]], args)
-        yield item, sample, {"tokens": len(item["ids"]) - 1, "nll": nll}
+        pair = item["ids"][:1], item["ids"][1:]
+        nlls, = mixsd.token_nlls(subject.model, [pair], 0, args.micro_tokens)
+        yield item, sample, {"tokens": len(nlls), "nll": nlls.mean().item()}
 
 
 def drifted(subject, task, todo, args):
