@@ -27,7 +27,7 @@ completion, and eval.json. A killed evaluation continues from these files. eval.
 
     model, settings         what was measured, and how, with the VERSION of the tasks; OUT refuses results
                             with other settings
-    tasks {task: score}     accuracy, n (problems), low, high, samples, no_answer (share), errors {kind: n};
+    tasks {task: score}     accuracy, n (problems), low, high, samples, errors {kind: n};
                             or nll (nats/token), tokens, n. The drift tasks also have base_nll, rise, the
                             difference, with its 95 % interval low, high, and kl, KL(base || model) in
                             nats/token over the full vocabulary. Every score has "of" (how many
@@ -379,9 +379,8 @@ def chosen(subject, task, todo, args):
         pairs = [(item["ids"], mixsd.written_ids(subject.tokenizer, text, [])) for text in item["choices"]]
         nll = [nlls.mean().item() for nlls in mixsd.token_nlls(subject.model, pairs, 0, args.micro_tokens)]
         text = item["choices"][nll.index(min(nll))]
-        correct, extracted = task.verdict(text, item)
-        yield item, sample, {"prompt": item["asked"], "text": text, "extracted": extracted,
-                             "gold": item["gold"], "correct": correct, "nll": nll}
+        yield item, sample, {"prompt": item["asked"], "text": text, "gold": item["gold"],
+                             "correct": text == item["gold"], "nll": nll}
 
 
 def windowed(subject, task, todo, args):
@@ -432,7 +431,7 @@ TASKS: dict[str, Task] = {
                                "prompt test entry_point canonical_solution", lambda row: row | {
         "gold": row["canonical_solution"]}), code_prompt, judge_code, 16384),
     "mmlu": Task(load_mmlu, mmlu_prompt, judge_letter, 1024),
-    "arc_easy": Task(from_hub(*ARC), QUESTION, lambda text, item: (text == item["gold"], text), 0, chosen),
+    "arc_easy": Task(from_hub(*ARC), QUESTION, None, 0, chosen),
     "wikitext": Task(load_wikitext, None, None, 0, windowed),
     "drift": Task(from_hub(*ARC, first=50), QUESTION, None, 64, drifted),
 } | {task: Task(functools.partial(load_in_domain, *of), QUESTION, judge_in_domain, 1024, must_end=True)
@@ -456,7 +455,6 @@ def scored(rows):
     if "correct" in rows[0]:
         score = mixsd.score(accuracies(rows).values())
         score |= {"samples": len(rows) / n,
-                  "no_answer": statistics.fmean(row["extracted"] is None for row in rows),
                   "errors": dict(Counter(row["kind"] for row in rows if row.get("kind")))}
     else:
         score = {key: sum(row[key] * row["tokens"] for row in rows) / total

@@ -1314,7 +1314,7 @@ def test_scores_count_problems_not_samples_and_say_what_is_partial():
     rows = [{"id": i, "of": 4, "correct": kind is None, "extracted": None if kind else "1", "kind": kind}
             for i, kind in ((0, None), (0, None), (1, None), (1, "format"), (2, "format"), (2, "format"))]
     score = evaluation.scored(rows)
-    assert (score["samples"], score["no_answer"], score["errors"]) == (2, 0.5, {"format": 3})
+    assert (score["samples"], score["errors"]) == (2, {"format": 3})
     assert mixsd.score([1, 0.5, 0]).items() <= score.items() and score["partial"] and score["of"] == 4
     nats = evaluation.scored([{"id": 0, "of": 2, "tokens": 1, "nll": 1.0, "base_nll": 0.5},
                               {"id": 1, "of": 2, "tokens": 3, "nll": 2.0, "base_nll": 0.5}])
