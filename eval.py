@@ -579,8 +579,7 @@ def base_scores(args, names):
     if not held:
         raise InputError(f"--base {args.base}: no eval.json; evaluate the base first, with --out {args.base}")
     refuse_other(f"--base {args.base}", held["settings"], {k: getattr(args, k) for k in ALIKE})
-    missing = [t for t in names if t in FIVE + SMALL
-               and not (t in held["tasks"] and (Path(args.base) / f"{t}.jsonl").exists())]
+    missing = [t for t in names if t in FIVE + SMALL and t not in held["tasks"]]
     if missing:
         raise InputError(f"--base {args.base} has no {', '.join(missing)}; it has {', '.join(held['tasks'])}")
     return held["tasks"]
