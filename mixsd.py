@@ -1096,9 +1096,7 @@ def fine_tune(base, path, tokenizer, prompts, taught, targets, replay, stops, ar
         if args.method in ON_POLICY:
             return rollouts(student, stops, prompts, batch, step, args)
         return with_replay(batch, old, args.replay_share, args.seed, step)
-
-    def losses_of(examples):
-        return token_losses(student, base, examples, args, stops[0])
+    losses_of = functools.partial(token_losses, student, base, args=args, pad_id=stops[0])
     train(student, masters, items, examples_of, losses_of, args, folder)
     save_model(masters, tokenizer, folder / "model")
 
