@@ -41,7 +41,6 @@ import math
 import os
 import pickle
 import random
-import re
 import resource
 import sys
 import time
@@ -665,10 +664,9 @@ def pick_device(device, dtype):
         torch.cuda.set_device(torch.device(device).index or 0)
         torch.backends.cuda.enable_cudnn_sdp(False)         # on H100 and newer: NaN gradients for padded rows
     if dtype == "auto":
-        cpuinfo = Path("/proc/cpuinfo")
-        flags = cpuinfo.read_text() if device == "cpu" and cpuinfo.exists() else ""
+        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
         fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.startswith("cuda")
-                else re.search(r"\b(avx512_bf16|amx_bf16)\b", flags))
+                else cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         dtype = "bfloat16" if fast else "float32"
     return device, dtype
 
