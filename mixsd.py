@@ -30,7 +30,6 @@ left   T target tokens   L = P + T   V vocabulary   N target tokens of a batch, 
 """
 import argparse
 import contextlib
-import copy
 import datetime
 import fcntl
 import functools
@@ -1064,24 +1063,19 @@ def taught_ids(records, args):
 
 
 def fine_tune(base, path, tokenizer, prompts, taught, targets, replay, stops, args, folder):
-    """Train by the method of args, which decides on the examples of a step and on their loss; write model/.
-
-    The base itself becomes the student, unless the loss needs the base too, or several GPUs share the work.
-    """
-    guided, sharded = args.method in ON_POLICY or args.kl_to_base, ranks()[1] > 1
+    """Train by the method of args, which decides on the examples of a step and their loss; write model/."""
+    if args.method not in ON_POLICY and not args.kl_to_base:
+        base.to("meta")                     # frees its memory: the loss does not need the base
+    sharded = ranks()[1] > 1
+    where = "cpu" if sharded or args.offload else args.device
+    student = masters = load_model(path, "float32", where)[0]
     if sharded:                             # computed in args.dtype; gradients are summed in float32
-        masters, _ = load_model(path, "float32", "cpu")
-        student = masters
         mesh = dist.device_mesh.init_device_mesh(torch.device(args.device).type, (ranks()[1],))
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
         for module in (*masters.base_model.layers, masters):
             fully_shard(module, mesh=mesh, mp_policy=policy)
-        base = base if guided else base.to("meta")          # frees its memory
-    else:
-        student = copy.deepcopy(base) if guided else base
-        masters = student
-        if args.dtype != "float32" or args.offload:
-            masters, _ = load_model(path, "float32", "cpu" if args.offload else args.device)
+    elif args.dtype != "float32" or args.offload:
+        student = load_model(path, args.dtype, args.device)[0]
     if args.gradient_checkpointing:         # the library's own works only in train() mode, without a KV cache
         for layer in student.base_model.layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
