@@ -358,14 +358,12 @@ def follow(student, masters):
 
     The student computes in bfloat16; its masters are the same weights in float32, which AdamW moves.
     """
-    def add_to(weight):
-        def hook(p):
-            grad = p.grad.to(weight)
-            weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
-            p.grad = None
-        return hook
+    def move_grad(weight, p):
+        grad = p.grad.to(weight)
+        weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+        p.grad = None
     for p, weight in zip(student.parameters(), masters.parameters()):
-        p.register_post_accumulate_grad_hook(add_to(weight))
+        p.register_post_accumulate_grad_hook(functools.partial(move_grad, weight))
 
 
 @torch.no_grad()
