@@ -427,8 +427,9 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
         copy_weights(masters, student)
         follow(student, masters)
     per_epoch, saved = math.ceil(len(items) / args.batch_size), time.time()
-    bar = tqdm(total=args.steps, initial=done, desc=desc, unit="step", disable=args.quiet)
-    for step in range(done + 1, args.steps + 1):
+    steps = range(done + 1, args.steps + 1)
+    bar = tqdm(steps, desc, args.steps, initial=done, unit="step", disable=args.quiet)
+    for step in bar:
         start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
         if at == 0 or step == done + 1:
             order = list(items)
@@ -439,7 +440,6 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
             lr *= 1 - (step - 1) / args.steps
         loss, norm, N = update(student, masters, optimizer, examples, losses_of, lr, args.micro_tokens)
         bar.set_postfix_str(f"{loss:.3f} nats/token", refresh=False)
-        bar.update()
         if folder:
             seconds = time.time() - start
             append_lines(folder / "log.jsonl", [{
@@ -449,7 +449,6 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
             if due and step < args.steps:
                 save_state(folder, step, masters, optimizer)
                 saved = time.time()
-    bar.close()
 
 
 # -------------------------------------------------------------------------------- batches, and several GPUs
