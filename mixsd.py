@@ -719,11 +719,11 @@ def read_json(folder, name):
         raise InputError(f"{path} is damaged; restore it, or remove it") from None
 
 
-def append_lines(path, rows):
-    """Append objects to a JSONL file, from rank 0."""
+def append_lines(path, rows, mode="a"):
+    """Append objects to a JSONL file, from rank 0; mode "w" starts the file anew."""
     if ranks()[0] == 0:
-        with open(path, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        with open(path, mode, encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_lines(path, most=None):
@@ -791,16 +791,14 @@ def write_targets(base, records, prompts, targets, stops, args, folder):
 
     A line is the record with the target as its assistant turn, and id, target_ids, source, attempt, nll.
     """
-    pairs, lines = [(prompts[t["id"]][NAIVE], t["target_ids"]) for t in targets], []
+    pairs, rows = [(prompts[t["id"]][NAIVE], t["target_ids"]) for t in targets], []
     for t, nats in zip(targets, token_nlls(base, pairs, stops[0], args.micro_tokens)):
         t["nll"], most = nats.mean().item(), args.mask_above or math.inf
         t["skip"] = frozenset(at for at, n in enumerate(nats.tolist()) if n > most)
         turns = [records[t["id"]]["messages"][0], {"role": "assistant", "content": t["text"]}]
         row = records[t["id"]] | {"messages": turns}
-        row |= {key: t[key] for key in ("id", "target_ids", "source", "attempt", "nll")}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    if ranks()[0] == 0:
-        (folder / "targets.jsonl").write_text("".join(lines), encoding="utf-8")
+        rows.append(row | {key: t[key] for key in ("id", "target_ids", "source", "attempt", "nll")})
+    append_lines(folder / "targets.jsonl", rows, "w")
 
 
 def read_targets(path, base, tokenizer, stops, asked=None):
