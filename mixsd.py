@@ -932,13 +932,10 @@ MAY_DIFFER = {"hub", "targets_only", "device", "decode_tokens", "micro_tokens", 
               "offload", "save_minutes", "out", "quiet"}               # between a run and its continuation
 
 
-def usage_error(message):
-    """In place of argparse's page of usage: one line."""
-    raise InputError(f"{message} (see --help)")
-
-
 def read_flags(flags, argv, description):
     """{flag: value} of the flags that are on a command line, by a table like FLAGS."""
+    def usage_error(message):               # in place of argparse's page of usage: one line
+        raise InputError(f"{message} (see --help)")
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS)
     parser.error = usage_error
