@@ -775,11 +775,8 @@ def save_model(masters, tokenizer, folder):
     if ranks()[0] == 0:
         tied = masters._tied_weights_keys if masters.config.tie_word_embeddings else {}     # stored only once
         partial = folder.with_name("model.partial")
-        try:
-            tokenizer.save_pretrained(partial)
-        except Exception as e:                              # the tokenizers library raises no other type
-            raise RunError(f"{partial} can't be written ({e}); free the disk, run again")
         masters.save_pretrained(partial, state_dict={k: w for k, w in weights.items() if k not in tied})
+        tokenizer.save_pretrained(partial)
         partial.rename(folder)
     gathered(None)                                          # the other ranks wait until it is there
 
