@@ -1025,7 +1025,7 @@ def only_run(folder):
 
 
 def check_corpus(records, prompts, base, tokenizer, args, origin):
-    """Refuse records that the model can't learn; returns how many new tokens its positions leave."""
+    """Refuse records that the model can't learn; a default of --max-new-tokens is clipped to its positions."""
     texts = {f"{args.data}, record {i}": "\n".join(turn["content"] for turn in record["messages"])
              for i, record in enumerate(records, 1)}
     refuse_foreign(tokenizer, texts | {"the expert's words": "".join(args.words)})
@@ -1035,8 +1035,8 @@ def check_corpus(records, prompts, base, tokenizer, args, origin):
         raise InputError(f"prompt of {longest:,} tokens + {least:,} new > {positions:,}, the positions of "
                          f"{args.model} (--max-new-tokens)")
     if longest + args.max_new_tokens > positions:
-        print(f"max-new-tokens clipped to {positions - longest:,}: the model has {positions:,} positions")
-    return positions - longest
+        args.max_new_tokens = positions - longest
+        print(f"max-new-tokens clipped to {args.max_new_tokens:,}: the model has {positions:,} positions")
 
 
 def taught_ids(records, args):
@@ -1098,7 +1098,7 @@ def run(args, origin):
     if args.decode_tokens is None:          # OPSD decodes while AdamW's state is in memory too
         args.decode_tokens = 65536 if args.method in ON_POLICY else min(gathered(kv_slots(base)))
         origin["decode_tokens"] = "default" if args.decode_tokens == 65536 else "free memory"
-    room = check_corpus(records, prompts, base, tokenizer, args, origin)
+    check_corpus(records, prompts, base, tokenizer, args, origin)
     asked = {r["messages"][0]["content"]: i for i, r in enumerate(records)}
     taught, draws = taught_ids(records, args), []
     targets = read_targets(args.targets, base, tokenizer, stops, asked) if args.targets else None
@@ -1109,7 +1109,6 @@ def run(args, origin):
         if vars(args)[flag] is not None:
             print(f"{flag:24} {vars(args)[flag]!s:32} {origin[flag]}")
     print(f"{'folder':24} {folder}\n", flush=True)
-    args.max_new_tokens = min(args.max_new_tokens, room)
 
     if args.method in ("mixsd", "sft"):
         targets, draws = make_targets(base, tokenizer, records, prompts, taught, stops, args, folder)
