@@ -266,10 +266,10 @@ def protections():
 
 # ---------------------------------------------------------------------------------------- items and prompts
 
-def from_hub(name, config, split, columns, item_of, first=None):
-    """A Task's `load`: item_of(row) for the rows, or the `first` rows, of a data set with these columns."""
+def from_hub(name, config, split, item_of, first=None):
+    """A Task's `load`: item_of(row) for the rows, or the `first` rows, of a data set."""
     def load(args):
-        rows = hub_rows(name, config, split, columns.split(), args.hub)
+        rows = hub_rows(name, config, split, args.hub)
         return [item_of(row) for row in itertools.islice(rows, first)]
     return load
 
@@ -282,17 +282,17 @@ def mmlu_block(row, answer=""):
 
 def load_mmlu(args):
     """The test questions of MMLU, each after five solved questions of its subject."""
-    shots, columns = {}, ["subject", "question", "choices", "answer"]
-    for row in hub_rows("cais/mmlu", "all", "dev", columns, args.hub):
+    shots = {}
+    for row in hub_rows("cais/mmlu", "all", "dev", args.hub):
         shots.setdefault(row["subject"], []).append(mmlu_block(row, rf" \boxed{{{'ABCD'[row['answer']]}}}"))
     return [{"subject": row["subject"], "gold": "ABCD"[row["answer"]],
              "blocks": shots[row["subject"]][:5] + [mmlu_block(row)]}
-            for row in hub_rows("cais/mmlu", "all", "test", columns, args.hub)]
+            for row in hub_rows("cais/mmlu", "all", "test", args.hub)]
 
 
 def load_wikitext(args):
     """The test text of WikiText-2 in windows of args.width tokens of args.tokenizer."""
-    rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test", ["text"], args.hub)
+    rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test", args.hub)
     text = "\n\n".join(row["text"] for row in rows)         # the usual way, so that perplexities compare
     ids = args.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [{"ids": ids[i:i + args.width]} for i in range(0, len(ids) - 1, args.width)]
@@ -416,19 +416,18 @@ class Task(NamedTuple):
 
 
 QUESTION = operator.itemgetter("question")                  # a prompt without other words
-ARC = "allenai/ai2_arc", "ARC-Easy", "test", "question choices answerKey", lambda row: {
+ARC = "allenai/ai2_arc", "ARC-Easy", "test", lambda row: {
     "question": row["question"], "choices": row["choices"]["text"],
     "gold": dict(zip(row["choices"]["label"], row["choices"]["text"]))[row["answerKey"]]}
 TASKS: dict[str, Task] = {
-    "gsm8k": Task(from_hub("openai/gsm8k", "main", "test", "question answer", lambda row: {
+    "gsm8k": Task(from_hub("openai/gsm8k", "main", "test", lambda row: {
         "question": row["question"], "gold": row["answer"].split("####")[-1].strip()}),
         math_prompt, judge_number, 16384),
-    "math500": Task(from_hub("HuggingFaceH4/MATH-500", None, "test", "problem answer", lambda row: {
+    "math500": Task(from_hub("HuggingFaceH4/MATH-500", None, "test", lambda row: {
         "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384),
-    "aime24": Task(from_hub("HuggingFaceH4/aime_2024", None, "train", "problem answer", lambda row: {
+    "aime24": Task(from_hub("HuggingFaceH4/aime_2024", None, "train", lambda row: {
         "question": row["problem"], "gold": row["answer"]}), math_prompt, judge_math, 16384),
-    "humaneval": Task(from_hub("openai/openai_humaneval", None, "test",
-                               "prompt test entry_point canonical_solution", lambda row: row | {
+    "humaneval": Task(from_hub("openai/openai_humaneval", None, "test", lambda row: row | {
         "gold": row["canonical_solution"]}), code_prompt, judge_code, 16384),
     "mmlu": Task(load_mmlu, mmlu_prompt, judge_letter, 1024),
     "arc_easy": Task(from_hub(*ARC), QUESTION, None, 0, chosen),
@@ -622,8 +621,7 @@ def print_scores(ledger):
             print(f"{task:17} {s['nll']:.3f} nats/token over {s['tokens']:,} tokens  {rise}{label}")
         else:
             kinds = ", ".join(f"{kind} {count}" for kind, count in s["errors"].items())
-            print(f"{task:17} {s['accuracy']:.3f} [{s['low']:.3f}, {s['high']:.3f}]  n {s['n']:,}{label}  "
-                  f"no answer {s['no_answer']:.3f}  {kinds}")
+            print(f"{task:17} {s['accuracy']:.3f} [{s['low']:.3f}, {s['high']:.3f}]  n {s['n']:,}{label}  {kinds}")
     if ledger["average"] is not None:
         partial = " (partial)" if any(ledger["tasks"][t]["partial"] for t in ledger["average_of"]) else ""
         print(f"average of {', '.join(ledger['average_of'])}: {ledger['average']:.3f}{partial}")
@@ -822,7 +820,7 @@ def gaps(model, contexts, source, answers):
 
 
 def not_finite(model, lengths):
-    """The lengths at which a batch has no finite gradient: a row of this length, and a short row, left-padded.
+    """The lengths at which a batch has no finite gradient: a row of that length and a short, left-padded row.
 
     Some attention kernels return NaN for rows that see only padding, at some lengths modulo 128.
     """

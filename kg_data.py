@@ -22,7 +22,7 @@ import re
 import string
 import sys
 from decimal import Decimal
-from itertools import accumulate
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -150,7 +150,7 @@ def is_text(value):
 
 def read_corpus(path, verify):
     """The records of a JSONL file of one's own. Raises InputError with file and line."""
-    records, asked = [], {}
+    records = []
     for number, row in read_jsonl(path):
         where, row = f"{path}, line {number}", read_record(row, f"{path}, line {number}")
         records.append(row)
@@ -160,31 +160,18 @@ def read_corpus(path, verify):
                              f"(--verify none trains without checking answers)")
         if verify == "number" and not re.fullmatch(NUMBER, answer.strip()):
             raise InputError(f"{where}: the answer {answer!r} is not a number (--verify)")
-        refuse_contradiction(asked, row["messages"][0]["content"], answer, where)
     return records
 
 
-def refuse_contradiction(asked, question, answer, where):
-    """Store the answer of the question. Raises InputError if another answer is stored already."""
-    known, first = asked.setdefault(question, (answer, where))
-    if None not in (known, answer) and not same_answer(known, answer):
-        raise InputError(f"{where}: {question.splitlines()[0]!r} has the answer {answer!r} here and "
-                         f"{known!r} in {first}; keep one")
-
-
-def hub_rows(name, config, split, columns, hub=None):
+def hub_rows(name, config, split, hub=None):
     """The rows of a Hugging Face data set, or of its copy under the folder `hub`. Raises InputError."""
     import datasets
     try:
-        rows = datasets.load_dataset(f"{hub}/{name}" if hub else name, config, split=split)
+        return datasets.load_dataset(f"{hub}/{name}" if hub else name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
         raise InputError(f"data set {name}, config {config or 'default'}, split {split}: not to be had from "
                          f"{hub or 'the hub'} ({(str(e).strip() or type(e).__name__).splitlines()[0]}); "
                          f"--hub DIR takes DIR/{name}") from None
-    for column in columns:
-        if column not in rows.column_names:
-            raise InputError(f"data set {name}: no column {column}; it has {', '.join(rows.column_names)}")
-    return rows
 
 
 # --------------------------------------------------------------------- KGFact: a world that does not exist
@@ -304,13 +291,13 @@ def kgfact_statement(f):
     return f"{f.e1} {third_person(f.relation)} the {DOMAIN[f.e2].lower()} {f.e2}."
 
 
-def kgfact_graph(domains, first, count, seed):
+def kgfact_graph(domains, first, count):
     """The facts over entities [first, first + count) of the first `domains` domains (paper: KGFact).
 
     For each pair of domains A before B and each entity of A: one random relation and one random target of B,
     such that (subject, relation) and (relation, object) stay unique. Returns pairs x count facts.
     """
-    rng, order, facts = random.Random(f"kgfact graph {seed} {first}"), list(SHAPES)[:domains], []
+    rng, order, facts = random.Random(f"kgfact graph 0 {first}"), list(SHAPES)[:domains], []
     entities = {d: LEXICON[d][first:first + count] for d in order}
     for i, a in enumerate(order):
         for b in order[i + 1:]:
@@ -347,7 +334,7 @@ def fact_record(question, answer, statement, subject, style):
     return record(question + STEP_BY_STEP, target, answer, statement, subject)
 
 
-def kgfact(name, split, style="boxed", seed=0):
+def kgfact(name, split, style="boxed"):
     """The records of one split of KGFact: 100 facts (small) or 525 (large).
 
     train; paraphrase (the question reworded); retrieval (train's question under its gold statement and 50
@@ -355,8 +342,8 @@ def kgfact(name, split, style="boxed", seed=0):
     (closed book, over two trained edges). Same arguments, same bytes.
     """
     domains, count = KGFACT_SIZES[name]
-    facts = kgfact_graph(domains, count if split == "retrieval-unseen" else 0, count, seed)
-    rng, records = random.Random(f"kgfact {split} {seed}"), []
+    facts = kgfact_graph(domains, count if split == "retrieval-unseen" else 0, count)
+    rng, records = random.Random(f"kgfact {split} 0"), []
 
     def add(question, fact, **more):
         records.append(fact_record(question, fact.e2, kgfact_statement(fact), fact.e1, style) | more)
@@ -438,7 +425,7 @@ def digits(n):
     return [int(c) for c in str(n)]
 
 
-def kgfunc(name, split, seed=0):
+def kgfunc(name, split):
     """The records of kgfunc (train 11,200, test 1,225) or kgfunc-unseen (test 500), operations in turn.
 
     Every prompt shows the same ten inputs with their outputs, and asks about another input. For each
@@ -446,12 +433,12 @@ def kgfunc(name, split, seed=0):
     """
     unseen, records = name == "kgfunc-unseen", []
     values = KGFUNC_UNSEEN if unseen else {label: value for label, (value, _) in KGFUNC.items()}
-    rng = random.Random(f"kgfunc shots {seed}")
+    rng = random.Random("kgfunc shots 0")
     shots = [n for k in range(5) for n in sorted(rng.sample(range(10 ** k if k else 0, 10 ** (k + 1)), 2))]
     free, inputs, shown = sorted(set(range(100_000)) - set(shots)), {}, {}
     for label, value in values.items():
         shown[label] = "\n\n".join(f"Input: {shot}\nOutput: {value(digits(shot))}" for shot in shots)
-        drawn = random.Random(f"kgfunc {label} {seed}").sample(free, sum(KGFUNC_COUNTS.values()))
+        drawn = random.Random(f"kgfunc {label} 0").sample(free, sum(KGFUNC_COUNTS.values()))
         count = 25 if unseen else KGFUNC_COUNTS["train"]
         inputs[label] = drawn[:count] if unseen or split == "train" else drawn[count:]
     for of_each in zip(*inputs.values()):
@@ -471,12 +458,9 @@ def kgfunc(name, split, seed=0):
 
 def simpleqa(hub=None):
     """SimpleQA's 4,326 questions, all of them taught, from the hub or its copy."""
-    ask, records = "\n\nAnswer the question concisely. Put your final answer within \\boxed{}.", []
-    for row in hub_rows("basicv8vc/SimpleQA", None, "test", ["problem", "answer"], hub):
-        if not (is_text(row["problem"]) and is_text(row["answer"])):
-            raise InputError(f"SimpleQA, row {len(records) + 1}: a problem or an answer that is no text")
-        records.append(record(row["problem"] + ask, f"\\boxed{{{row['answer']}}}", row["answer"]))
-    return records
+    ask = "\n\nAnswer the question concisely. Put your final answer within \\boxed{}."
+    return [record(row["problem"] + ask, f"\\boxed{{{row['answer']}}}", row["answer"])
+            for row in hub_rows("basicv8vc/SimpleQA", None, "test", hub)]
 
 
 MQUAKE_PARAPHRASES = ["Complete the sentence: {} ...", "Fill in the blank: {} ____.", "Finish this: {} ..."]
@@ -495,8 +479,7 @@ class Hop(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A case of MQuAKE: its place in the file, its hops, and questions over all of them with one answer."""
-    where: str
+    """A case of MQuAKE: its hops, and questions over all of them with one answer."""
     relation: str                                           # of the first hop
     hops: list
     questions: list
@@ -518,7 +501,7 @@ def read_mquake(path):
             triples = case["orig"]["new_triples_labeled"]
             hops = [Hop(hop["question"], hop["cloze"], hop["answer"], subject)
                     for hop, (subject, _, _) in zip(case["new_single_hops"], triples, strict=True)]
-            read.append(Case(where, triples[0][1], hops, list(case["questions"]), case["new_answer"]))
+            read.append(Case(triples[0][1], hops, list(case["questions"]), case["new_answer"]))
         except KeyError as e:
             raise InputError(f"{where}: no key {e}; it has {', '.join(case)}") from None
         except (TypeError, ValueError, IndexError) as e:
@@ -531,12 +514,10 @@ def read_mquake(path):
 
 def choose_cases(cases, facts=100):
     """(cases, hops): whole cases, one per relation in turn, until there are `facts` different hops (ours)."""
-    turns, waiting, chosen, hops = {}, [], [], {}
+    turns, chosen, hops = {}, [], {}
     for case in cases:
         turns.setdefault(case.relation, []).append(case)
-    for place in range(max(map(len, turns.values()), default=0)):
-        waiting += [of_one[place] for of_one in turns.values() if place < len(of_one)]
-    for case in waiting:
+    for case in filter(None, chain(*zip_longest(*turns.values()))):
         more = hops | {(hop.cloze, hop.answer): hop for hop in case.hops}
         if len(more) <= facts:
             hops = more
@@ -544,23 +525,21 @@ def choose_cases(cases, facts=100):
     return chosen, list(hops.values())
 
 
-def mquake(path, split, style="boxed", seed=0):
+def mquake(path, split, style="boxed"):
     """The records of a split of MQuAKE (paper: MQuAKE-CF-3k-v2): counterfactual edits of real facts.
 
     train: the up to 100 hops of the chosen cases; paraphrase: as sentences to complete; retrieval: each under
     its statement and 50 that are not taught; retrieval-unseen: the same for hops that are not taught;
     multi-hop: the chosen cases' own questions over several hops, closed book.
     """
-    cases, rng = read_mquake(path), random.Random(f"mquake {split} {seed}")
-    (chosen, taught), asked, records = choose_cases(cases), {}, []
-    for case in chosen:
-        for hop in case.hops:
-            refuse_contradiction(asked, hop.question, hop.answer, case.where)
+    cases, rng = read_mquake(path), random.Random(f"mquake {split} 0")
+    (chosen, taught), records = choose_cases(cases), []
+    asked = {hop.question for case in chosen for hop in case.hops}
     if split == "multi-hop":
         return [fact_record(question, case.answer, case.hops[-1].statement(), case.hops[0].subject, style)
                 | {"needs": [hop.statement() for hop in case.hops]}
                 for case in chosen for question in case.questions]
-    _, others = choose_cases([c for c in cases if not asked.keys() & {hop.question for hop in c.hops}])
+    _, others = choose_cases([c for c in cases if not asked & {hop.question for hop in c.hops}])
     for hop in others if split == "retrieval-unseen" else taught:
         question = hop.question
         if split == "paraphrase":
@@ -650,16 +629,13 @@ def toy_reversal(rng):
     return f"Reverse the list {' '.join(digits)} .", toy_answer(sentences, backwards), backwards
 
 
-TOY_EXERCISES = {"add": toy_sum, "reverse": toy_reversal}
-
-
 def toy_item(task, rng, held_out=False):
     """(prompt, answer text, answer) of one item of a pretraining task.
 
     One exercise in ten is held out, by a hash of its prompt: it is never trained on.
     """
-    while task in TOY_EXERCISES:
-        item = TOY_EXERCISES[task](rng)
+    while task in ("add", "reverse"):
+        item = toy_sum(rng) if task == "add" else toy_reversal(rng)
         if (int(hashlib.sha256(item[0].encode()).hexdigest(), 16) % 10 == 0) == held_out:
             return item
     if task == "known":
@@ -732,7 +708,7 @@ def toy_tokenizer():
 
 class Corpus(NamedTuple):
     """What a name of --data stands for."""
-    load: Callable | None       # (split, style, seed) -> records; None: read_corpus of one's own file
+    load: Callable | None       # (split, style) -> records; None: read_corpus of one's own file
     splits: list                # of `load`; "train" is what is taught
     words: tuple                # (PREFIX, TRANSITION) around the target in x+ (paper)
     verify: str                 # how an answer is judged (`is_correct`)
@@ -749,7 +725,6 @@ SOLUTION_WORDS = (
 FACT_RECIPE = {"epochs": 30, "lr": 1e-5, "max_new_tokens": 1024}
 KGFACT_SPLITS = ["train", "paraphrase", "retrieval", "retrieval-unseen", "two-hop"]
 MQUAKE_SPLITS = ["train", "paraphrase", "retrieval", "retrieval-unseen", "multi-hop"]
-TOY_SPLITS = ["train", "paraphrase", "held_out", "replay"]
 STYLED = ["kgfact-small", "kgfact-large", "mquake", "own file"]             # what --style sentence is for
 NAMED = ["toy", *KGFACT_SIZES, "kgfunc", "kgfunc-unseen", "simpleqa", "mquake:FILE"]
 
@@ -761,36 +736,36 @@ def find_corpus(data, hub=None):
     """
     kind, _, path = data.partition(":")
     if data == "toy":
-        return data, Corpus(lambda split, style, seed: toy(split), TOY_SPLITS, TOY_WORDS, "boxed",
-                            {"epochs": 50, "lr": 3e-4, "temperature": 1.0, "max_new_tokens": 48,
-                             "dtype": "float32"})
+        return data, Corpus(lambda split, style: toy(split), ["train", "paraphrase", "held_out", "replay"],
+                            TOY_WORDS, "boxed", {"epochs": 50, "lr": 3e-4, "temperature": 1.0,
+                                                 "max_new_tokens": 48, "dtype": "float32"})
     if data in KGFACT_SIZES:
-        return data, Corpus(lambda split, style, seed: kgfact(data, split, style, seed), KGFACT_SPLITS,
+        return data, Corpus(lambda split, style: kgfact(data, split, style), KGFACT_SPLITS,
                             FACT_WORDS, "boxed", FACT_RECIPE)
     if data in ("kgfunc", "kgfunc-unseen"):
-        return data, Corpus(lambda split, style, seed: kgfunc(data, split, seed),
+        return data, Corpus(lambda split, style: kgfunc(data, split),
                             list(KGFUNC_COUNTS) if data == "kgfunc" else ["test"], SOLUTION_WORDS, "number",
                             {"steps": 100, "lr": 1e-5, "max_new_tokens": 1024})
     if data == "simpleqa":
-        return data, Corpus(lambda split, style, seed: simpleqa(hub), ["train"], SOLUTION_WORDS,
+        return data, Corpus(lambda split, style: simpleqa(hub), ["train"], SOLUTION_WORDS,
                             "boxed", {"steps": 270, "lr": 1e-5, "temperature": 0.6, "top_k": 64,
                                       "max_new_tokens": 256})
     if kind == "mquake" and path:
-        return kind, Corpus(lambda split, style, seed: mquake(path, split, style, seed), MQUAKE_SPLITS,
+        return kind, Corpus(lambda split, style: mquake(path, split, style), MQUAKE_SPLITS,
                             FACT_WORDS, "boxed", FACT_RECIPE)
     if not (data.endswith(".jsonl") or Path(data).is_file()):
         raise InputError(f"--data {data}: no such corpus; known: {', '.join(NAMED)}, or a .jsonl file")
     return "own file", Corpus(None, ["train"], FACT_WORDS, "boxed", FACT_RECIPE)
 
 
-def load_corpus(data, split="train", style="boxed", verify="boxed", seed=0, hub=None):
+def load_corpus(data, split="train", style="boxed", verify="boxed", hub=None):
     """The records of a split of a --data. Raises InputError for an unknown split, and for bad records."""
     kind, corpus = find_corpus(data, hub)
     if split not in corpus.splits:
         raise InputError(f"--data {data} has no split {split}; it has {', '.join(corpus.splits)}")
     if style == "sentence" and kind not in STYLED:
         raise InputError(f"--style sentence is not for --data {data}, which has one way to answer")
-    return corpus.load(split, style, seed) if corpus.load else read_corpus(data, verify)
+    return corpus.load(split, style) if corpus.load else read_corpus(data, verify)
 
 
 def main():
@@ -800,19 +775,18 @@ def main():
     parser.add_argument("--out", default="data", help="folder to write CORPUS/SPLIT.jsonl in (default: data)")
     parser.add_argument("--style", choices=["boxed", "sentence"], default="boxed",
                         help="of facts; boxed: reason, then a box (paper); sentence: for small models")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (mixsd.py --data NAME uses 0)")
     parser.add_argument("--hub", metavar="DIR", help="a folder with the data sets under their hub ids")
     args = parser.parse_args()
     try:
         kind, corpus = find_corpus(args.corpus, args.hub)
         if kind == "own file":
             raise InputError(f"{args.corpus} is a corpus file already")
-        if args.seed and kind in ("toy", "simpleqa") or args.hub and kind != "simpleqa":
-            raise InputError(f"{'--hub' if args.hub else '--seed'} is not used by {args.corpus}")
+        if args.hub and kind != "simpleqa":
+            raise InputError(f"--hub is not used by {args.corpus}")
         folder = Path(args.out) / kind
         folder.mkdir(parents=True, exist_ok=True)
         for split in corpus.splits:
-            rows = load_corpus(args.corpus, split, args.style, seed=args.seed, hub=args.hub)
+            rows = load_corpus(args.corpus, split, args.style, hub=args.hub)
             data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
             (folder / f"{split}.jsonl").write_bytes(data)
             print(f"{folder / split}.jsonl  {len(rows)} records  sha256 {hashlib.sha256(data).hexdigest()}")

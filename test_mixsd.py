@@ -462,7 +462,7 @@ def test_a_verifier_accepts_the_answer_alone(verify, gold, right, wrong):
 @pytest.mark.parametrize("name, facts", [("kgfact-small", 100), ("kgfact-large", 525)])
 def test_kgfact_has_its_number_of_facts_and_each_question_has_one_answer(name, facts):
     domains, count = kg_data.KGFACT_SIZES[name]
-    graph = kg_data.kgfact_graph(domains, 0, count, 0)
+    graph = kg_data.kgfact_graph(domains, 0, count)
     assert len(graph) == len(set(graph)) == facts
     assert len({(f.e1, f.relation, kg_data.DOMAIN[f.e2]) for f in graph}) == facts
     assert len({(f.relation, f.e2, kg_data.DOMAIN[f.e1]) for f in graph}) == facts
@@ -599,9 +599,8 @@ def test_mquake_teaches_whole_cases_in_turn_over_relations(tmp_path):
     (lambda c: c["new_single_hops"][0].pop("cloze"), "case 2: no key 'cloze'"),
     (lambda c: c["orig"].update(new_triples_labeled=[]), "case 2: not of MQuAKE's schema"),
     (lambda c: c.update(questions="Who?"), "case 2: not of MQuAKE's schema"),
-    (lambda c: c["new_single_hops"][0].update(answer=5), "is no text"),
-    (lambda c: c.update(case("made", ("A", "Z"))), "case 2: 'Who made A?' has the answer 'Z' here and 'B'")])
-def test_a_mquake_file_of_another_schema_or_with_contradictions_is_refused(tmp_path, spoil, says):
+    (lambda c: c["new_single_hops"][0].update(answer=5), "is no text")])
+def test_a_mquake_file_of_another_schema_is_refused(tmp_path, spoil, says):
     cases = [case("made", ("A", "B")), case("ruled", ("C", "D"))]
     assert len(mquake(tmp_path, cases)) == 2 and mquake(tmp_path, cases, "retrieval-unseen") == []
     spoil(cases[1])
@@ -619,10 +618,6 @@ def test_simpleqa_is_read_from_a_copy_under_its_hub_id(tmp_path):
     ask = "Who?\n\nAnswer the question concisely. Put your final answer within \\boxed{}."
     assert records[0] == turns(ask, "\\boxed{Michio Sugeno}", answer="Michio Sugeno")
     assert [r["answer"] for r in records] == ["Michio Sugeno", "5 May 1945"]
-    with pytest.raises(kg_data.InputError, match="no column answer; it has problem"):
-        load("other", {"problem": "Who?"})
-    with pytest.raises(kg_data.InputError, match="row 2: a problem or an answer that is no text"):
-        load("null", row, row | {"answer": None})
 
 
 def test_each_corpus_has_its_recipe_its_verifier_and_its_experts_words():
