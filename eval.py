@@ -621,7 +621,7 @@ def print_scores(ledger):
             print(f"{task:17} {s['nll']:.3f} nats/token over {s['tokens']:,} tokens  {rise}{label}")
         else:
             kinds = ", ".join(f"{kind} {count}" for kind, count in s["errors"].items())
-            print(f"{task:17} {s['accuracy']:.3f} [{s['low']:.3f}, {s['high']:.3f}]  n {s['n']:,}{label}  {kinds}")
+            print("{:17} {accuracy:.3f} [{low:.3f}, {high:.3f}]  n {n:,}".format(task, **s) + f"{label}  {kinds}")
     if ledger["average"] is not None:
         partial = " (partial)" if any(ledger["tasks"][t]["partial"] for t in ledger["average_of"]) else ""
         print(f"average of {', '.join(ledger['average_of'])}: {ledger['average']:.3f}{partial}")

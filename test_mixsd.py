@@ -475,7 +475,7 @@ def test_kgfact_has_its_number_of_facts_and_each_question_has_one_answer(name, f
 
 
 def test_kgfact_retrieves_the_gold_among_50_and_asks_two_hops_over_two_trained_facts():
-    seen, unseen = ({e for f in kg_data.kgfact_graph(5, first, 10, 0) for e in (f.e1, f.e2)}
+    seen, unseen = ({e for f in kg_data.kgfact_graph(5, first, 10) for e in (f.e1, f.e2)}
                     for first in (0, 10))
     assert seen and unseen and not seen & unseen
     for split in ("retrieval", "retrieval-unseen"):
@@ -1606,7 +1606,7 @@ def test_a_limit_is_called_partial_and_retention_wants_a_base_measured_alike(tmp
     of_tuned = f"--model {tuned}/model --base {tmp_path}/b"
     said, _ = printed(f"{held_out} 5 {of_tuned}", program=evaluation)
     after = json.loads((tuned / "eval.json").read_text())
-    assert "partial: 5 of 300" in said and "(partial)" in said and after["tasks"]["held_out"]["partial"]
+    assert "partial: 5 of 260" in said and "(partial)" in said and after["tasks"]["held_out"]["partial"]
     assert after["average_of"] == ["held_out"] and after["base"] == before["tasks"]
     assert before["retention"] is None and before["average"] > 0
     assert after["retention"] == after["average"] / before["average"]
