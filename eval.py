@@ -621,7 +621,8 @@ def print_scores(ledger):
             print(f"{task:17} {s['nll']:.3f} nats/token over {s['tokens']:,} tokens  {rise}{label}")
         else:
             kinds = ", ".join(f"{kind} {count}" for kind, count in s["errors"].items())
-            print("{:17} {accuracy:.3f} [{low:.3f}, {high:.3f}]  n {n:,}".format(task, **s) + f"{label}  {kinds}")
+            found = "{accuracy:.3f} [{low:.3f}, {high:.3f}]  n {n:,}".format(**s)
+            print(f"{task:17} {found}{label}  {kinds}")
     if ledger["average"] is not None:
         partial = " (partial)" if any(ledger["tasks"][t]["partial"] for t in ledger["average_of"]) else ""
         print(f"average of {', '.join(ledger['average_of'])}: {ledger['average']:.3f}{partial}")
@@ -849,7 +850,7 @@ def bench(args):
     pairs = [mixsd.two_contexts(tokenizer, r, kg_data.SENTENCE_WORDS) for r in records]
     contexts, source = list(map(list, zip(*pairs))), mixsd.draw_sources(0.3, T, args.seed, range(len(pairs)))
     few = [prompts[:8] for prompts in contexts]
-    gap = gaps(model, few, source[:8], mixsd.decode(model, few, source[:8], never))
+    gap = gaps(model, few, source[:8], mixsd.decode(model, few, source[:8], never)).cpu()
     print(f"decoding: {(gap == 0).sum()} of {len(gap)} tokens equal the definition; the largest gap of the "
           f"others is {gap.max():.3g} in logits (near 16, bfloat16 has steps of 0.125)", flush=True)
     lengths = range(128, 256, 1 if args.device.startswith("cuda") else 32)      # a CPU has no such kernels

@@ -376,8 +376,8 @@ def copy_weights(masters, student):
 def update(student, masters, optimizer, examples, losses_of, lr, micro_tokens):
     """One optimizer step; returns (loss, gradient norm, N).
 
-    The loss is the mean over the N target tokens of the step that no example skips, before the update.
-    Backward is called on it.
+    N counts the target tokens of the step without those in `skip`. The loss is the mean over these tokens
+    before the update, and backward is called on it.
     Raises RunError, and leaves the weights as they are, if the loss or the gradient is not finite.
     """
     (rank, world), N, loss = ranks(), sum(len(e.y) - len(e.skip) for e in examples) or 1, 0.0

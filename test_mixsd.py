@@ -641,6 +641,15 @@ def test_each_corpus_has_its_recipe_its_verifier_and_its_experts_words():
     assert list(asked) == ["kgfunc-test"] and [asked_of(r)[0] for r in asked["kgfunc-test"]] == list("BCDEF")
 
 
+def test_the_toys_held_out_prompts_are_distinct_and_in_neither_replay_nor_if_exercises_pretraining():
+    asked, replay = ([question_of(r) for r in kg_data.toy(split)] for split in ("held_out", "replay"))
+    pretrained = {prompt for prompt, _ in kg_data.toy_pretraining(25_600)}
+    assert len(set(asked)) == len(asked) == 260 == len(set(replay)) and not {*asked} & {*replay}
+    assert not pretrained & {*asked[:200]} and {*asked[200:]} <= pretrained, "known facts must be known"
+    taught = {question_of(r) for split in ("train", "paraphrase") for r in kg_data.toy(split)}
+    assert len(taught) == 180 and not taught & (pretrained | {*asked} | {*replay})
+
+
 # ------------------------------------------------------------------------------------------------ whole runs
 
 def test_the_toy_from_nothing_to_its_result(tmp_path):
