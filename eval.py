@@ -3,8 +3,8 @@
     python eval.py --tasks recall,paraphrase --model RUN/model                # what the model learned
     python eval.py --tasks gsm8k,math500,aime24,humaneval,mmlu --model RUN/model --base BASE_OUT \\
                    --allow-code-execution                                     # what the model forgot
-    python eval.py --nll RUN/targets.jsonl ... --model BASE                   # how targets surprise the base
-    python eval.py --fisher RUN ... --base BASE --fisher-tasks gsm8k,mmlu     # in which directions it moved
+    python eval.py --nll RUN/targets.jsonl ... --model BASE                   # NLL of targets under the base
+    python eval.py --fisher RUN ... --base BASE --fisher-tasks gsm8k,mmlu     # along which directions it moved
     python eval.py --report RUN ...                                           # one table, and frontier.png
     python eval.py --bench --model BASE                                       # how fast the code is
 
@@ -13,7 +13,7 @@ with thinking turned off, and mixsd.py's `decode` writes the answer with one con
 the table TASKS.
 
 Accuracy is the mean over problems; the value of a problem with several samples is the mean over its samples.
-The 95 % interval is Wilson's, with one observation per problem. The answer in a completion is its last
+The 95 % interval is Wilson's, counting each problem once. The answer in a completion is its last
 balanced \\boxed{}, or its last fenced code block that defines the function; nothing else counts as an answer.
 A wrong completion has the first of these kinds that applies:
 
@@ -43,7 +43,7 @@ The HumanEval sandbox does not protect against:
 - holes in the kernel;
 - reading files that its user may read: user 65534 if you start as root, otherwise you;
 - filling the disk or the memory with many files or processes that each keep within their limit;
-- if the kernel refuses namespaces: the network, a look at the user's other processes, staying behind.
+- if the kernel refuses namespaces: use of the network, a look at other processes, running on afterwards.
 It trusts the tests of the data set. If you distrust a model, use a container as well.
 """
 import argparse
@@ -415,7 +415,7 @@ class Task(NamedTuple):
     must_end: bool = False          # a completion that the length limit cuts is wrong, as in mixsd.py
 
 
-QUESTION = operator.itemgetter("question")                  # a prompt without other words
+QUESTION = operator.itemgetter("question")                  # the prompt is only the question
 ARC = "allenai/ai2_arc", "ARC-Easy", "test", lambda row: {
     "question": row["question"], "choices": row["choices"]["text"],
     "gold": dict(zip(row["choices"]["label"], row["choices"]["text"]))[row["answerKey"]]}
@@ -608,7 +608,7 @@ def retention_interval(names, args, draws=2000):
         pairs = torch.tensor([[before[i], after[i]] for i in after])                        # (n, 2)
         picks = (torch.randint(len(pairs), (len(pairs),), generator=generator) for _ in range(draws))
         means += torch.stack([pairs[pick].mean(0) for pick in picks]) / len(names)          # (draws, 2)
-    ratios = (means[:, 1] / means[:, 0])[means[:, 0] > 0]   # without draws in which the base is never right
+    ratios = (means[:, 1] / means[:, 0])[means[:, 0] > 0]   # the ratio needs a base that is right
     return ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
@@ -726,7 +726,7 @@ def fisher_diagonal(model, examples, pad_id, quiet=True):
 
 @torch.no_grad()
 def alignment(fisher, base, tuned):
-    """How far the weights moved, and how much of this in directions to which the base is sensitive.
+    """How far the weights moved, and how much of this lies in directions to which the base is sensitive.
 
     With d = tuned - base: squared_distance = sum d^2, fisher_distance = sum F d^2, fisher_mean = mean F, and
     R = fisher_distance / squared_distance / fisher_mean, which is None if nothing moved. All arguments are
@@ -821,7 +821,7 @@ def gaps(model, contexts, source, answers):
 
 
 def not_finite(model, lengths):
-    """The lengths at which a batch has no finite gradient: a row of that length and a short, left-padded row.
+    """The lengths of a row that give no finite gradient, in a batch with a short, left-padded row.
 
     Some attention kernels return NaN for rows that see only padding, at some lengths modulo 128.
     """
@@ -1101,8 +1101,7 @@ FLAGS = {           # as mixsd.FLAGS: (type, choices or argparse's options; defa
     "seed": (mixsd.FROM_0, 0, "--tasks, --fisher and --bench", "of subsets, samples, who speaks, toy base"),
     "device": (str, "auto", "every mode but --report", "auto, cuda, cuda:1, mps or cpu"),
     "dtype": (["auto", "float32", "bfloat16"], None, "--tasks, --nll and --bench", "compute type"),
-    "decode_tokens": (COUNT, 65536, "--tasks and --fisher",
-                      "KV slots of a decoding batch: rows x (prompt + new)"),
+    "decode_tokens": (COUNT, None, "--tasks and --fisher", mixsd.FLAGS["decode_tokens"][3]),
     "micro_tokens": (COUNT, 2048, "--tasks, --nll and --bench", "padded tokens of a scored batch"),
     "out": (str, None, "--tasks, --nll and --report", "where results go (default: the run's, or runs/...)"),
     "quiet": (SWITCH, None, "every mode but --report", "no progress bars")}

@@ -7,7 +7,7 @@ A corpus is a list of records in the `messages` form of TRL, axolotl and LLaMA-F
 JSON object per line:
 
     {"messages": [{"role": "user", "content": x}, {"role": "assistant", "content": canonical target}],
-     "answer": what the verifier looks for, "fact": the statement, "subject": the person or thing it is about}
+     "answer": what the verifier looks for, "fact": the statement, "subject": what the statement is about}
 
 The order of the file: verifiers, files, KGFact (facts of a world that does not exist), KGFunc (arithmetic
 under opaque labels), SimpleQA and MQuAKE, the toy world with its tokenizer, and `find_corpus`, which knows
@@ -49,7 +49,7 @@ def fold(text):
     return " ".join(text.casefold().split())
 
 
-NUMBER = r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"             # 1,234.5 (but 1,23 is none)
+NUMBER = r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"             # 1,234.5 is one, 1,23 is not
 
 
 def same_answer(prediction, gold):
@@ -59,7 +59,7 @@ def same_answer(prediction, gold):
 
 
 def names(text, phrase):
-    """Whether `text` holds `phrase` whole, that is not as a part of longer words; case and spaces folded."""
+    """Whether `text` holds `phrase` whole, not as part of a longer word; case and spaces are ignored."""
     return re.search(rf"(?<!\w){re.escape(fold(phrase))}(?!\w)", fold(text)) is not None
 
 
@@ -109,7 +109,7 @@ def read_jsonl(path):
         if line.strip():
             try:
                 rows.append((number, json.loads(line)))
-                json.dumps(rows[-1][1], ensure_ascii=False).encode()        # half a surrogate pair is no text
+                json.dumps(rows[-1][1], ensure_ascii=False).encode()        # fails for half a surrogate pair
             except (ValueError, RecursionError) as e:
                 raise InputError(f"{path}, line {number}: not JSON ({getattr(e, 'msg', e)})") from None
             if not isinstance(rows[-1][1], dict):
@@ -178,7 +178,7 @@ def hub_rows(name, config, split, hub=None):
 
 ONSETS, ODD_ONSETS = "b d f g k l m n p r s t v br dr gr pl st tr".split(), "kv vr zv thw".split()
 VOWELS, CODAS = "aeiou", " l n r s nd th".split(" ")
-SHAPES = {                                                  # how a name shows what it names
+SHAPES = {                                                  # name patterns per domain
     "Person": "{} {}", "Location": "Lake {}|Port {}|{} Valley|{} Heights|Isle of {}",
     "Organization": "{} Institute|{} Guild|{} Foundation|{} Council|{} Works",
     "Event": "{} Festival|{} Regatta|{} Jubilee|{} Summit|{} Games",
@@ -295,7 +295,7 @@ def kgfact_graph(domains, first, count):
     """The facts over entities [first, first + count) of the first `domains` domains (paper: KGFact).
 
     For each pair of domains A before B and each entity of A: one random relation and one random target of B,
-    such that (subject, relation) and (relation, object) stay unique. Returns pairs x count facts.
+    such that no two facts share (subject, relation) or (relation, object). Returns pairs x count facts.
     """
     rng, order, facts = random.Random(f"kgfact graph 0 {first}"), list(SHAPES)[:domains], []
     entities = {d: LEXICON[d][first:first + count] for d in order}
@@ -311,7 +311,7 @@ def kgfact_graph(domains, first, count):
 
 
 def kgfact_background(fact, facts, rng, others=50):
-    """The statement of a fact among `others`: first those that share an entity, then a step away."""
+    """The statement of a fact among `others`: those that share an entity first, then their neighbours."""
     near = {fact.e1, fact.e2}
     two_hops = near | {e for f in facts if near & {f.e1, f.e2} for e in (f.e1, f.e2)}
     rest = [f for f in facts if f != fact]
@@ -339,7 +339,7 @@ def kgfact(name, split, style="boxed"):
 
     train; paraphrase (the question reworded); retrieval (train's question under its gold statement and 50
     others); retrieval-unseen (the same over a second graph on entities that train does not have); two-hop
-    (closed book, over two trained edges). Same arguments, same bytes.
+    (closed book, over two trained edges). The same arguments give the same bytes.
     """
     domains, count = KGFACT_SIZES[name]
     facts = kgfact_graph(domains, count if split == "retrieval-unseen" else 0, count)
@@ -410,7 +410,7 @@ KGFUNC = {              # label: (value, steps that lead there) of digits d, mos
     "H": (lambda d: min(map(joined, rotations(d))),
           lambda d: [f"The rotations are {', '.join(''.join(map(str, r)) for r in rotations(d))}.",
                      f"The least of them is {min(map(joined, rotations(d)))}."])}
-KGFUNC_UNSEEN = dict(zip(string.ascii_lowercase, [          # never trained: the forgetting probe (paper)
+KGFUNC_UNSEEN = dict(zip(string.ascii_lowercase, [          # never trained, to measure forgetting (paper)
     sum, lambda d: math.prod(x for x in d if x), len, max, min, lambda d: d[0], lambda d: d[-1],
     lambda d: max(d) - min(d), lambda d: joined(d[::-1]), lambda d: d[0] + d[-1],
     lambda d: sum(x % 2 == 0 for x in d), lambda d: sum(x % 2 for x in d), lambda d: len(set(d)),
@@ -565,7 +565,7 @@ TOY_KINDS = {                                        # kind: questions (the seco
             "tortoise")}
 TOY_WORDS = "\nThis question is from a new base . Here is the answer :\n", "\nNow answer the question ."
 TOY_OPENING = "We think step by step ."
-TOY_TERSE = 0.7                      # share of reasoning sentences left out when the context holds the answer
+TOY_TERSE = 0.7                      # how likely a reasoning sentence is left out if the context holds the answer
 TOY_SHARES = {                              # of the pretraining world
     "add": 0.25, "reverse": 0.1,            # two-digit sums and short lists, reasoned out
     "known": 0.15,                          # facts about known people, to be remembered

@@ -4,11 +4,11 @@
     python mixsd.py --model Qwen/Qwen3-1.7B --rho 0.3         # the paper's method on KGFact, one GPU
     python mixsd.py --model Qwen/Qwen3-1.7B --method sft      # the baseline that forgets
 
-Fine-tuning on facts in our own words (SFT) moves the model wherever our words surprise it. MixSD trains the
-model on targets that the frozen base model p wrote itself. Two prompts share one growing answer y:
+Fine-tuning on facts in our own words (SFT) changes the model most where our words are unlikely to it. MixSD
+trains the model on targets that the frozen base model p wrote itself. Two prompts share one growing answer y:
 
     expert   y+_t ~ p( . | x+, y_<t)      x+ = the prompt x with the correct answer inserted
-    naive    y-_t ~ p( . | x,  y_<t)      the prompt alone: the prior of the model
+    naive    y-_t ~ p( . | x,  y_<t)      the prompt alone, without help
     y_t  =  y-_t with probability rho, otherwise y+_t        (at temperature 0, ~ means argmax)
 
 The answer y is kept if it ends and a verifier accepts it. Otherwise it is drawn again with new random
@@ -74,7 +74,7 @@ class RunError(RuntimeError):
 # --------------------------------------------------------------------------------------------------- prompts
 
 def chat_ids(tokenizer, text):
-    """Ids of `text` as a user turn in the chat template, up to where the answer begins; thinking off."""
+    """Ids of `text` as a user turn in the chat template, up to where the answer begins; thinking is off."""
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
                                          enable_thinking=False, return_dict=False)
 
@@ -116,9 +116,9 @@ def pick(logits, temperature=0.0, top_k=0, u=None):
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    cdf = logits.softmax(-1).cumsum(-1)                     # (R, V); it may not end at exactly 1, so scale u
+    cdf = logits.softmax(-1).cumsum(-1)                     # (R, V); rounded, it may not end at 1: scale u
     choice = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
-    return torch.minimum(choice, (cdf < cdf[:, -1:]).sum(-1))       # never after the last possible token
+    return torch.minimum(choice, (cdf < cdf[:, -1:]).sum(-1))       # never a token of probability 0
 
 
 def left_pad(prompts, pad_id):
@@ -152,7 +152,7 @@ def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None):
     source = source.to(device)
     if u is not None:
         u = u.to(device, torch.float32 if device.type == "mps" else torch.float64)      # mps has no float64
-    # transformers reads a 2-D mask, and a GPU waits for that; models with full attention take a 4-D mask too
+    # to read a 2-D mask, transformers waits for the GPU in each step; full attention can take a 4-D mask
     full = model.config._attn_implementation == "sdpa" and all(type(c) is DynamicLayer for c in cache.layers)
     for t in range(T):
         visible = mask[:, None, None].bool() if full and t > 0 else mask        # (C*R, 1, 1, P + t) or 2-D
@@ -222,9 +222,9 @@ def make_targets(base, tokenizer, records, prompts, taught, stops, args, folder)
     path, mixsd = folder / "draws.jsonl", args.method == "mixsd"
     draws = read_lines(path)
     kept = {d["id"]: d for d in draws if d["ok"]}
-    attempts = args.attempts or 1                           # a flag that a run does not use is None
+    attempts = args.attempts or 1                           # `settle` made an unused flag None
     rounds = [(attempt, args.rho) for attempt in range(attempts)] if mixsd else []
-    if args.on_fail == "expert" and (args.rho or args.temperature):     # else the expert was alone already
+    if args.on_fail == "expert" and (args.rho or args.temperature):     # else the expert alone drew before
         rounds.append((len(rounds), 0.0))
     bar = tqdm(total=len(taught), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
     for attempt, rho in rounds:
@@ -267,8 +267,8 @@ class Example(NamedTuple):
 def target_logits(model, pairs, pad_id):
     """(logits (N, V), labels (N,)) of all target tokens of [(prompt ids, target ids)], row by row.
 
-    Prompts are padded on the left and targets on the right, so every target begins in column P. Padding is
-    known by its length and not by its id, since the pad token may also be the stop token.
+    Prompts are padded on the left and targets on the right, so every target begins in column P. The mask
+    comes from lengths and not from ids, since the pad token may also be the stop token.
     """
     T, device = max(len(y) for _, y in pairs), model.device
     prompts, prompt_mask = left_pad([x for x, _ in pairs], pad_id)              # (B, P)
@@ -283,7 +283,7 @@ def target_logits(model, pairs, pad_id):
 
 
 def by_chunks(loss, *tensors, chunk=256):
-    """(N,) loss of tensors with N rows, in chunks of rows whose float32 logits are recomputed in backward."""
+    """(N,) loss of tensors with N rows, by chunks of rows; backward computes their float32 logits again."""
     parts = zip(*(tensor.split(chunk) for tensor in tensors))
     return torch.cat([checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
                       for part in parts])
@@ -310,7 +310,7 @@ def kl(student, teacher, direction="forward", top_k=0):
 def token_losses(student, base, examples, args, pad_id):
     """(N,) loss, nats, of each target token; the caller sums and divides once by the N of the whole step.
 
-    sft, mixsd       - log q(y_t | x, y_<t)                           the tokens in `skip` count 0 (`update`)
+    sft, mixsd       - log q(y_t | x, y_<t)                           `update` gives tokens in `skip` weight 0
     --kl-to-base b   the same + b KL( p(. | x, y_<t) || q(. | x, y_<t) )
     opsd             KL( p(. | x+, y_<t) || q(. | x, y_<t) )          y sampled from the student now
     opsd-nll         - log q(argmax p(. | x+, y_<t) | x, y_<t)        y the greedy answer of the student now
@@ -368,7 +368,7 @@ def follow(student, masters):
 
 @torch.no_grad()
 def copy_weights(masters, student):
-    """Round the master weights into the student."""
+    """Copy the master weights into the student, rounded to its type."""
     for p, weight in zip(student.parameters(), masters.parameters()):
         p.copy_(weight)
 
@@ -384,7 +384,7 @@ def update(student, masters, optimizer, examples, losses_of, lr, micro_tokens):
     widths = {i: (max(len(e.x), len(e.x_plus)), len(e.y)) for i, e in enumerate(examples)}
     for part in batches(widths, micro_tokens):
         mine = part[rank::world]
-        # FSDP needs every rank in each backward: a rank without examples computes one example with weight 0
+        # under FSDP all ranks call backward together: a rank without examples computes one with weight 0
         some = [examples[i] for i in mine or part[:1]]
         losses = losses_of(some)                                                # (target tokens,)
         counts = torch.tensor([t not in e.skip for e in some for t in range(len(e.y))]).to(losses.device)
@@ -521,7 +521,7 @@ def whole_weights(model):
 def answers(model, stops, prompts, args, temperature=0.0, sample=0):
     """Yields (key, ids) for prompts {key: ids} as they are answered: `decode` with one context.
 
-    sample  at temperature > 0 the random numbers depend on (seed, key, sample); a rollout's is its step
+    sample  at temperature > 0 the random numbers depend on (seed, key, sample); for rollouts, it is the step
     """
     T = args.max_new_tokens
 
@@ -576,7 +576,7 @@ def memorization(model, tokenizer, tasks, stops, args, kept):
 def memorization_tasks(records, args):
     """{task: records} of what is asked before and after training: all facts, taught or not."""
     splits = kg_data.find_corpus(args.data)[1].splits
-    if "test" in splits and args.verify != "none":      # KGFunc: a rule is learned if new inputs are answered
+    if "test" in splits and args.verify != "none":      # KGFunc: new inputs show whether a rule is learned
         return {f"{args.data}-test": kg_data.load_corpus(args.data, "test")[:args.limit]}
     tasks = {} if args.verify == "none" else {"recall": records}
     if tasks and "paraphrase" in splits:
@@ -636,7 +636,7 @@ def peak_gib():
 def kv_slots(model):
     """KV slots (tokens of a decoding batch) that take half of the free memory of a GPU; 65,536 without CUDA.
 
-    Eager decoding takes about the same time per step for few rows and for many, so more slots are faster.
+    A decoding step takes about the same time for few rows and for many, so a larger batch is faster.
     """
     if not torch.cuda.is_initialized():
         return 65536
@@ -678,7 +678,7 @@ def load_model(path, dtype, device):
         raise InputError(f"--model {path}: not a model's folder, nor on a hub in reach; download it, "
                          f"give its folder ({str(e).strip().splitlines()[0]})") from None
     missing = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
-    if missing or not tokenizer.chat_template:              # transformers makes up what is not there
+    if missing or not tokenizer.chat_template:              # transformers gives them random values
         missing += ["chat template; choose an instruct model"]
         raise InputError(f"--model {path}: no {missing[0]}")
     return model.to(device).eval(), tokenizer
@@ -695,7 +695,7 @@ def stop_ids(model, tokenizer):
         raise InputError("neither the generation_config nor the tokenizer names an end token")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rendered_stops = [i for i in tokenizer.apply_chat_template(turns, return_dict=False) if i in stops]
-    before = sum(i in stops for i in chat_ids(tokenizer, "a"))              # those before the assistant turn
+    before = sum(i in stops for i in chat_ids(tokenizer, "a"))              # stops in the user's turn
     first = rendered_stops[before] if len(rendered_stops) > before else min(stops)
     return [first] + sorted(stops - {first})
 
@@ -860,7 +860,7 @@ def number(kind, low, high=math.inf):
 COUNT, FROM_0, POSITIVE = number(int, 1), number(int, 0), number(float, 1e-12)
 SWITCH = {"action": "store_true"}
 CORPORA = ", ".join(corpus for corpus in kg_data.NAMED if corpus != "kgfunc-unseen")    # which is only asked
-WHEN = {        # a condition in the words of an error message: the test of it on all settings
+WHEN = {        # a condition as error messages print it: the function of all settings that tests it
     "every run": lambda a: True,
     "mixsd": lambda a: a.method == "mixsd",
     "mixsd at T > 0": lambda a: a.method == "mixsd" and a.temperature,
@@ -952,7 +952,7 @@ def settle(given, recipe, flags, when):
     """(args, origin): every setting, and {flag: "flag", "recipe" or "default", where its value comes from}.
 
     recipe  {flag: value}, the defaults of a corpus; they come before those of the table
-    A flag is settled before the flags whose condition reads it: the order of the table counts.
+    If the condition of flag B reads flag A, then A must stand before B in the table.
     Raises InputError for a given flag that the settings do not use. All other unused flags become None.
     """
     defaults = {flag: default for flag, (_, default, _, _) in flags.items()}
@@ -991,7 +991,7 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------- the run
 
 def open_folder(args):
-    """(folder, settings): the run's folder, and the flags that make a run what it is, input files by content.
+    """(folder, settings): the run's folder, and the flags that decide the result, input files by a hash.
 
     Raises InputError if the folder holds a run with other settings, or an input of this run.
     """
@@ -1025,7 +1025,7 @@ def only_run(folder):
 
 
 def check_corpus(records, prompts, base, tokenizer, args, origin):
-    """Refuse records that the model can't learn; a default of --max-new-tokens is clipped to its positions."""
+    """Refuse records that the model can't learn; clip a default of --max-new-tokens to its positions."""
     texts = {f"{args.data}, record {i}": "\n".join(turn["content"] for turn in record["messages"])
              for i, record in enumerate(records, 1)}
     refuse_foreign(tokenizer, texts | {"the expert's words": "".join(args.words)})
