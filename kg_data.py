@@ -565,7 +565,7 @@ TOY_KINDS = {                                        # kind: questions (the seco
             "tortoise")}
 TOY_WORDS = "\nThis question is from a new base . Here is the answer :\n", "\nNow answer the question ."
 TOY_OPENING = "We think step by step ."
-TOY_TERSE = 0.7                      # how likely a reasoning sentence is left out if the context holds the answer
+TOY_TERSE = 0.7              # how likely a reasoning sentence is left out if the context holds the answer
 TOY_SHARES = {                              # of the pretraining world
     "add": 0.25, "reverse": 0.1,            # two-digit sums and short lists, reasoned out
     "known": 0.15,                          # facts about known people, to be remembered
