@@ -411,8 +411,7 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
 
     student      the model that computes, in bfloat16 where the hardware has it
     masters      the float32 model whose weights AdamW moves: bfloat16 would round most of the steps to zero.
-                 It is in the memory of the host with --offload. With float32 compute, and when sharded over
-                 several GPUs, masters is the student itself
+                 With --offload it is in the host's memory. In float32, and if sharded, it is the student
     items        what to learn; each epoch uses every item once
     examples_of  (items of the batch, step) -> [Example]
     losses_of    [Example] -> (N,) losses of their target tokens
@@ -427,8 +426,7 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
         copy_weights(masters, student)
         follow(student, masters)
     per_epoch, saved = math.ceil(len(items) / args.batch_size), time.time()
-    steps = range(done + 1, args.steps + 1)
-    bar = tqdm(steps, desc, args.steps, initial=done, unit="step", disable=args.quiet)
+    bar = tqdm(range(done + 1, args.steps + 1), desc, args.steps, initial=done, unit="step", disable=args.quiet)
     for step in bar:
         start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
         if at == 0 or step == done + 1:
