@@ -426,7 +426,7 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
         copy_weights(masters, student)
         follow(student, masters)
     per_epoch, saved = math.ceil(len(items) / args.batch_size), time.time()
-    bar = tqdm(range(done + 1, args.steps + 1), desc, args.steps, initial=done, unit="step", disable=args.quiet)
+    bar = tqdm(range(done + 1, args.steps + 1), desc, args.steps, initial=done, disable=args.quiet)
     for step in bar:
         start, (epoch, at) = time.time(), divmod(step - 1, per_epoch)
         if at == 0 or step == done + 1:
