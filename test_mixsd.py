@@ -25,7 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
-                          LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM)
+                          Qwen3Config, Qwen3ForCausalLM)
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 import eval as evaluation
@@ -172,32 +172,6 @@ def test_decoding_with_a_cache_in_a_padded_batch_equals_the_definition(either, r
     if rho == 0.3:
         assert {*STOPS} < {row[-1] for row in y}, "the case must have both stops, and a row without a stop"
         assert rows[0] == 12 > rows[-1] and len(rows) == 40, "finished rows must leave the batch on the way"
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.3, 1.0])
-def test_mixed_decoding_equals_the_librarys_generate_where_one_row_speaks_for_both(either, rho):
-    contexts, source = contexts_of(), mixsd.draw_sources(rho, 40, 1, range(6))
-    rows = contexts[EXPERT] + contexts[NAIVE]
-    P = max(map(len, rows))
-
-    def one_speaks(ids, logits):                            # a logits processor: its row becomes that of both
-        return logits[source[:, ids.shape[1] - P] * 6 + torch.arange(6)].repeat(2, 1)
-    ids = torch.tensor([[0] * (P - len(row)) + row for row in rows])
-    out = either.generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=40, do_sample=False,
-                          logits_processor=LogitsProcessorList([one_speaks]), eos_token_id=STOPS)
-    for row, y in zip(out[:, P:].tolist(), mixsd.decode(either, contexts, source, STOPS) * 2):
-        assert row[:len(y)] == y and not any(row[len(y):])
-
-
-def test_an_answer_is_the_librarys_generate_of_its_prompt_alone(either):
-    asked = {f"question {i}": x for i, x in enumerate(contexts_of()[NAIVE])}
-    args = SimpleNamespace(max_new_tokens=24, decode_tokens=80, seed=0)
-    found = dict(mixsd.answers(either, STOPS, asked, args))
-    for key, x in asked.items():
-        ids = torch.tensor([x])
-        out = either.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
-                              eos_token_id=STOPS)
-        assert found[key] == out[0, len(x):].tolist()
 
 
 @pytest.mark.filterwarnings("error")
