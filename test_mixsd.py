@@ -24,8 +24,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}       # before the
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
-                          Qwen3Config, Qwen3ForCausalLM)
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 import eval as evaluation
@@ -640,7 +639,6 @@ def test_the_toy_from_nothing_to_its_result(tmp_path):
     for setting in (("rho", "0.7", "flag"), ("temperature", "1.0", "recipe"), ("attempts", "11", "default")):
         assert re.search(r"^{} +{} +{}$".format(*setting), out, re.M), "every setting and its origin"
     rows, steps = rows_of(tmp_path / "mix" / "targets.jsonl"), rows_of(tmp_path / "mix" / "log.jsonl")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "mix" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mix" / "model")
     assert [r["id"] for r in rows] == sorted({r["id"] for r in rows})
     for r in rows:
@@ -822,7 +820,7 @@ def test_out_of_memory_is_one_line_that_names_the_flags(tmp_path, monkeypatch):
     assert re.search("--micro-tokens .*--gradient-checkpointing.* --decode-tokens", err)
 
 
-def test_offload_changes_nothing_and_goes_on_from_a_state_without_it(tmp_path, monkeypatch):
+def test_offload_changes_nothing_goes_on_from_a_state_without_it_and_both_save_float32(tmp_path, monkeypatch):
     loaded, real = [], mixsd.load_model
     monkeypatch.setattr(mixsd, "load_model", lambda *where: (loaded.append(where[1:]), real(*where))[1])
     command = f"TOY --limit 4 --steps 3 --rho 0.5 --save-minutes 0 --out {tmp_path}"
@@ -835,6 +833,8 @@ def test_offload_changes_nothing_and_goes_on_from_a_state_without_it(tmp_path, m
         run(f"{command}/{dtype}-off --dtype {dtype} --offload")
         assert loaded[1] == ("float32", "cpu"), "the masters"
         assert same_run(tmp_path / dtype, tmp_path / f"{dtype}-off")
+        weight = load_file(tmp_path / dtype / "model" / "model.safetensors")["model.embed_tokens.weight"]
+        assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "it is for training without torchrun" in refused(f"{command}/x --offload")
 
@@ -878,23 +878,11 @@ def test_gradient_checkpointing_recomputes_the_layers_and_changes_nothing(tmp_pa
     assert sum(calls) == 3 * 3 + 2 * 3 * 3 and same_run(tmp_path / "kept", tmp_path / "again")
 
 
-def test_a_run_in_bfloat16_saves_float32_weights_that_moved_by_less_than_bfloat16_shows(tmp_path):
-    base = tiny_run(tmp_path / "base") / "model"
-    before = load_file(base / "model.safetensors")["model.embed_tokens.weight"].bfloat16()
-    for method in ("sft", "opsd-nll"):                      # which keeps the base beside the student
-        run(f"--model {base} --data toy --limit 4 --method {method} --dtype bfloat16 --max-new-tokens 6 "
-            f"--steps 2 --lr 1e-4 --warmup 0 --out {tmp_path}/{method}")
-        after = load_file(tmp_path / method / "model" / "model.safetensors")["model.embed_tokens.weight"]
-        assert after.dtype == torch.float32 and (after != before.float()).float().mean() > 0.9
-        assert (after.bfloat16() == before).float().mean() > 0.1
-
-
 # ------------------------------------------------------------------------------------------------ bad input
 
 @pytest.mark.parametrize("command, says", [
     ("--bogus 1", "--bogus"), ("--rho 1.5", "argument --rho: 1.5 is not in [0, 1]"), ("--lr 0", "--lr: 0"),
-    ("--rho nan", "--rho: nan"), ("--epochs 0", "--epochs: 0"), ("--lr inf", "--lr: inf"),
-    ("--attempts -3", "--attempts: -3"), (f"--seed {10**400}", "--seed: 1000"),
+    ("--rho nan", "--rho: nan"), ("--lr inf", "--lr: inf"), (f"--seed {10**400}", "--seed: 1000"),
     ("--replay=", "--replay is empty"), ("--data nowhere", "kgfact-small"), ("--style sentence", "--style"),
     ("--data nowhere.jsonl", "nowhere.jsonl"), ("--data kgfact-small --model toy", "vocabulary is too small"),
     ("--expert-prefix '<end>'", "the expert's words: holds <end>, a control token"),
@@ -902,9 +890,7 @@ def test_a_run_in_bfloat16_saves_float32_weights_that_moved_by_less_than_bfloat1
     ("--model m --data kgfunc-unseen", "has no split train; it has test"),
     ("--model m --data mquake:", "kgfact-small"),
     ("--model m --data mquake:no.json", "no.json: cannot be read"),
-    ("--only no.jsonl", "no.jsonl: cannot be read"), ("--targets no.jsonl", "no.jsonl: cannot be read"),
-    ("--replay no.jsonl", "no.jsonl: cannot be read"), ("--device abacus", "--device abacus"),
-    ("--model ./nowhere", "--model ./nowhere: not a model's folder"),
+    ("--targets no.jsonl", "no.jsonl: cannot be read"), ("--device abacus", "--device abacus"),
     ("--model nobody/nothing", "nor on a hub in reach"), ("--max-new-tokens 9999", "(--max-new-tokens)")])
 def test_bad_flags_are_one_line_and_leave_no_folder(tmp_path, monkeypatch, command, says):
     toy_folder()
@@ -924,8 +910,7 @@ def test_bad_flags_are_one_line_and_leave_no_folder(tmp_path, monkeypatch, comma
     ("--method sft", "runs without --targets", ["--targets t.jsonl"]),
     ("--rollouts 2", "opsd", ["--rho 0.3", "--method opsd-nll"]),
     ("--teacher-top-k 0", "opsd", ["--method opsd-nll", "--method sft --kl-to-base 1"]),
-    ("--kl-to-base 1", "training by NLL", ["--method opsd", "--targets-only"]),
-    ("--replay r.jsonl", "training by NLL", ["--method opsd-nll"]),
+    ("--kl-to-base 1", "training by NLL", ["--method opsd", "--method opsd-nll", "--targets-only"]),
     ("--targets-only", "mixsd and sft", ["--method opsd"]),
     ("--kl reverse", "opsd and --kl-to-base", ["--method opsd-nll", "--method sft"]),
     ("--replay-share 0.5", "--replay", ["--method sft"])])
@@ -944,7 +929,6 @@ GOOD = turns(f"Where does {kg_data.TOY_NEW[0]} live ?", r"The answer is \boxed{ 
     ("--data", [], "no records"),
     ("--data", [GOOD, '{"messages": ['], "line 2: not JSON"),
     ("--data", [GOOD, "[" * 100_000], "line 2: not JSON"),
-    ("--data", [GOOD, '{"answer": ' + "9" * 5000 + "}"], "line 2: not JSON"),
     ("--data", [GOOD, GOOD | {"note": "\ud800"}], "line 2: not JSON ('utf-8' codec can't encode"),
     ("--data", [GOOD, '["a list"]'], "line 2: a JSON object"),
     ("--data", [GOOD, {"text": "Where ?"}], "line 2: no `messages`, nor `prompt` and `ground_truth_answer`"),
@@ -955,14 +939,11 @@ GOOD = turns(f"Where does {kg_data.TOY_NEW[0]} live ?", r"The answer is \boxed{ 
     ("--data", [GOOD, {"prompt": "Where ?", "ground_truth_answer": None}], "line 2: no `answer`"),
     ("--data", [GOOD | {"answer": " "}], "line 1: no `answer`"),
     ("--data", [GOOD, GOOD | {"answer": ["Pell"]}], "line 2: the answer ['Pell'] is neither a text nor a"),
-    ("--data", [GOOD, turns(question_of(GOOD), r"\boxed{ Pell }")], "'Pell' here and 'Belmor' in"),
     ("--data", [GOOD, turns("Where does <end> live ?", r"\boxed{ Belmor }")], "record 2: holds <end>"),
     ("--data", [turns("Where does Quetzalcoatl live ?", r"\boxed{ Belmor }")], "record 1: has words"),
-    ("--data", [turns("live " * 300, r"\boxed{ Belmor }")], "positions of"),
     ("--data", [turns("live " * 400_000, r"\boxed{ Belmor }")], "prompt of 400,0"),          # a line of 2 MB
     ("--replay", [turns("Where does <end> live ?", "Belmor")], "line 1: holds <end>, a control token"),
     ("--replay", [turns("Where ?", "Belmor <end> <user> live")], "line 1: holds <end>, a control token"),
-    ("--replay", [turns("Where does Quetzalcoatl live ?", "Belmor")], "line 1: has words that the model has"),
     ("--replay", [turns("live " * 300, "Belmor")], "tokens, and the model has 256 positions"),
     ("--only", [turns("Who ?", "me")], "none of its questions is one of toy")])
 def test_bad_files_are_one_line_and_leave_no_folder(tmp_path, flag, rows, says):
@@ -1203,11 +1184,9 @@ def test_humaneval_runs_the_last_fence_that_defines_the_function(monkeypatch, te
 
 
 @pytest.mark.parametrize("text, extracted, kind", [
-    ("The answer is 4.", None, "format"), (r"\boxed{4}", "4", "collapse"), ("Lake Redo", None, "format"),
-    ("word " * 20 + r"\boxed{4}", "4", "genuine"), (r"Ann Lee \boxed{4}", "4", "collapse"),
-    ("word " * 20 + r"\boxed{" + "4" * 90 + "}", "4" * 90, "genuine"),
-    (r"\boxed{" + "4" * 90 + "}", "4" * 90, "collapse"),
-    ("word " * 20 + r"in lake redo: \boxed{4}", "4", "leakage")])
+    ("Lake Redo", None, "format"), (r"in lake redo: \boxed{4}", "4", "leakage"),
+    (r"Ann Lee \boxed{" + "4" * 90 + "}", "4" * 90, "collapse"),
+    ("word " * 20 + r"\boxed{4}", "4", "genuine")])
 def test_the_kind_of_an_error_is_the_first_that_fits(text, extracted, kind):
     assert evaluation.error_kind(text, "Who is Ann Lee?", extracted, {"Lake Redo", "Ann Lee"}) == kind
 
@@ -1219,26 +1198,25 @@ def test_prompts_are_the_papers():
     assert evaluation.code_prompt({"prompt": "def f():\n    ''\n"}) == (
         "Complete the following Python function. Return ONLY the complete function inside a ```python code "
         "block, nothing else.\n\n```python\ndef f():\n    ''\n```")
-    block = evaluation.mmlu_block({"question": "Q?", "choices": ["w", "x", "y", "z"]}, r" \boxed{B}")
-    assert evaluation.mmlu_prompt({"subject": "us_law", "blocks": [block, block]}) == (
-        "The following are multiple choice questions (with answers) about us law. Put your final answer "
-        "inside \\boxed{} as one of A, B, C, or D.\n\n"
-        + "\n\n".join(2 * ["Q?\nA. w\nB. x\nC. y\nD. z\nAnswer: \\boxed{B}"]))
 
 
 def test_gsm8k_reads_the_gold_after_the_hashes_and_mmlu_has_five_shots_of_its_own_subject(monkeypatch):
     def row(subject, n):
         return {"subject": subject, "question": f"{subject} {n}?", "choices": list("abcd"), "answer": n % 4}
-    rows = {("cais/mmlu", "dev"): [row(subject, n) for n in range(7) for subject in ("law", "art")],
-            ("cais/mmlu", "test"): [row("art", 9), row("law", 2)],
+    rows = {("cais/mmlu", "dev"): [row(subject, n) for n in range(7) for subject in ("us_law", "art")],
+            ("cais/mmlu", "test"): [row("art", 9), row("us_law", 2)],
             ("openai/gsm8k", "test"): [{"question": "1?", "answer": "so 2\n#### 1,400"}]}
     monkeypatch.setattr(evaluation, "hub_rows", lambda name, config, split, *_: rows[name, split])
     args = SimpleNamespace(hub=None)
     assert evaluation.TASKS["gsm8k"].load(args) == [{"question": "1?", "gold": "1,400"}]
     art, law = evaluation.TASKS["mmlu"].load(args)
-    assert (art["gold"], law["gold"]) == ("B", "C") and len(law["blocks"]) == 6
-    assert law["blocks"][1] == "law 1?\nA. a\nB. b\nC. c\nD. d\nAnswer: \\boxed{B}"
-    assert law["blocks"][5].endswith("D. d\nAnswer:") and "law" not in "".join(art["blocks"])
+    assert (art["gold"], law["gold"]) == ("B", "C") and "law" not in "".join(art["blocks"])
+    blocks = [f"us_law {n}?\nA. a\nB. b\nC. c\nD. d\nAnswer:" for n in (0, 1, 2, 3, 4, 2)]
+    assert evaluation.mmlu_prompt(law) == (
+        "The following are multiple choice questions (with answers) about us law. Put your final answer "
+        "inside \\boxed{} as one of A, B, C, or D.\n\n"
+        + "\n\n".join(block + answer for block, answer in zip(blocks, [
+            r" \boxed{A}", r" \boxed{B}", r" \boxed{C}", r" \boxed{D}", r" \boxed{A}", ""])))
 
 
 def test_after_a_limited_run_only_what_it_taught_is_asked(tmp_path):
@@ -1283,8 +1261,6 @@ ESCAPES = {
     "exits": "import sys\nsys.exit(0)",
     "exits at once": "import os\nos._exit(0)",
     "guesses": "print('0' * 32)\nimport os\nos.write(1, b'{}\\n' + b'0' * 32)",
-    "loops": "while True: pass",
-    "sleeps": "import time\ntime.sleep(99)",
     "prints": "while True: print('x' * 9999, flush=True)",
     "swallows its exit": "import sys\ndef f(x):\n    try: sys.exit(0)\n    except SystemExit: return 0",
     "swallows": "import time\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass",
@@ -1637,7 +1613,6 @@ def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub):
     ("--fisher R --base B --fisher-tasks wikitext", "no task wikitext here"),
     ("--tasks recall", "--tasks needs --model"), ("--fisher R --base B", "--fisher needs --fisher-tasks"),
     ("--tasks drift --model M", "needs --base-model"), ("--report /no/where", "no metrics.json"),
-    ("--report R --model M", "--model is not used here: it is for --tasks, --nll and --bench"),
     ("--nll f --model M --paper", "--paper is not used here: it is for --tasks"),
     ("--tasks recall --model HuggingFaceTB/x", "give --run"), ("--tasks gsm8k --limit 0", "--limit: 0 is"),
     ("--tasks two-hop --model RUN", "no split two-hop"),
