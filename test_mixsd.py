@@ -173,6 +173,19 @@ def test_decoding_with_a_cache_in_a_padded_batch_equals_the_definition(either, r
         assert rows[0] == 12 > rows[-1] and len(rows) == 40, "finished rows must leave the batch on the way"
 
 
+def test_mixed_decoding_equals_the_librarys_generate_where_one_row_speaks_for_both(either):
+    contexts, source = contexts_of(), mixsd.draw_sources(0.3, 40, 1, range(6))
+    ids, mask = mixsd.left_pad(contexts[EXPERT] + contexts[NAIVE], 0)
+    P = ids.shape[1]
+
+    def one_speaks(seen, logits):                           # a logits processor: its row becomes that of both
+        return logits[source[:, seen.shape[1] - P] * 6 + torch.arange(6)].repeat(2, 1)
+    out = either.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False,
+                          logits_processor=[one_speaks], eos_token_id=STOPS)
+    for row, y in zip(out[:, P:].tolist(), mixsd.decode(either, contexts, source, STOPS) * 2):
+        assert row[:len(y)] == y and not any(row[len(y):])
+
+
 @pytest.mark.filterwarnings("error")
 def test_decoding_calls_the_library_without_a_warning(either, monkeypatch):
     said = []
@@ -628,8 +641,8 @@ def test_the_toy_from_nothing_to_its_result(tmp_path):
     mix = json.loads(out.splitlines()[-1])
     assert sft["base"]["held_out"]["accuracy"] >= 0.95 and sft["base"]["recall"]["accuracy"] < 0.15
     assert sft["tuned"]["recall"]["accuracy"] >= 0.9 and mix["tuned"]["recall"]["accuracy"] >= 0.9
-    # 2.2 to 3.2 times on the bases of the README; other processors round to other bases
-    assert mix["tuned"]["held_out"]["accuracy"] >= 2 * sft["tuned"]["held_out"]["accuracy"]
+    # 4.7 to 6.1 times on the bases of the README; other processors round to other bases
+    assert mix["tuned"]["held_out"]["accuracy"] >= 3 * sft["tuned"]["held_out"]["accuracy"]
     assert mix["retention"] == mix["tuned"]["held_out"]["accuracy"] / mix["base"]["held_out"]["accuracy"]
     assert sft["targets"]["nll"] >= 3 * mix["targets"]["nll"]
     assert abs(mix["targets"]["naive_share"] - 0.7) < 0.1 and sft["targets"]["naive_share"] is None
@@ -858,7 +871,8 @@ def test_decoding_makes_no_2d_mask_after_the_prompt_if_all_layers_have_full_atte
 
 def test_mask_above_leaves_the_tokens_that_surprise_the_base_out_of_the_loss(tmp_path):
     command = f"TOY --method sft --limit 4 --steps 1 --batch-size 4 --out {tmp_path}"
-    run(f"{command}/all"), run(f"{command}/high --mask-above 99"), run(f"{command}/some --mask-above 2")
+    for flags in ("all", "high --mask-above 99", "some --mask-above 2"):
+        run(f"{command}/{flags}")
     base, tokenizer = mixsd.load_model(toy_folder(), "float32", "cpu")
     nats = torch.cat([plain_nll(base, mixsd.chat_ids(tokenizer, question_of(t)), t["target_ids"])
                       for t in rows_of(tmp_path / "all" / "targets.jsonl")])
@@ -1583,18 +1597,16 @@ def test_log_probability_tasks_by_their_definitions(toy_run, tmp_path, hub):
     windows = [ids[i:i + 1024] for i in range(0, len(ids), 1024)]
     assert [row["tokens"] for row in rows_of(out / "wikitext.jsonl")] == [len(w) - 1 for w in windows]
     nats = torch.cat([plain_nll(subject.model, w[:1], w[1:]) for w in windows])
-    assert len(nats) == 1023 + 1023 + 951
     assert score["wikitext"]["nll"] == pytest.approx(nats.mean().item(), rel=1e-4)
 
     base, rows, rise = subject_in(other), rows_of(out / "drift.jsonl"), []
-    assert len(rows) == 50 and score["drift"]["of"] == 50
+    assert len(rows) == 50 == score["drift"]["of"]
     for row in rows:
         prompt = mixsd.chat_ids(base.tokenizer, hub["allenai/ai2_arc"][row["id"]]["question"])
         ids = greedy(base, prompt, 64)
         assert row["tokens"] == len(ids) <= 64
         rise.append(plain_nll(subject.model, prompt, ids) - plain_nll(base.model, prompt, ids))
     assert score["drift"]["rise"] == pytest.approx(torch.cat(rise).mean().item(), rel=1e-3)
-    assert score["drift"]["rise"] > 0.1
     kl, taught = [], rows_of(out / "drift-taught.jsonl")
     for row in taught:
         prompt = mixsd.chat_ids(base.tokenizer, row["prompt"])
