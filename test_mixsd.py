@@ -175,14 +175,13 @@ def test_decoding_with_a_cache_in_a_padded_batch_equals_the_definition(either, r
 
 def test_mixed_decoding_equals_the_librarys_generate_where_one_row_speaks_for_both(either):
     contexts, source = contexts_of(), mixsd.draw_sources(0.3, 40, 1, range(6))
-    ids, mask = mixsd.left_pad(contexts[EXPERT] + contexts[NAIVE], 0)
-    P = ids.shape[1]
+    ids, mask = mixsd.left_pad(contexts[EXPERT] + contexts[NAIVE], 0)                  # (C*B, P)
 
     def one_speaks(seen, logits):                           # a logits processor: its row becomes that of both
-        return logits[source[:, seen.shape[1] - P] * 6 + torch.arange(6)].repeat(2, 1)
+        return logits[source[:, seen.shape[1] - ids.shape[1]] * 6 + torch.arange(6)].repeat(2, 1)
     out = either.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False,
                           logits_processor=[one_speaks], eos_token_id=STOPS)
-    for row, y in zip(out[:, P:].tolist(), mixsd.decode(either, contexts, source, STOPS) * 2):
+    for row, y in zip(out[:, ids.shape[1]:].tolist(), mixsd.decode(either, contexts, source, STOPS) * 2):
         assert row[:len(y)] == y and not any(row[len(y):])
 
 
@@ -643,7 +642,6 @@ def test_the_toy_from_nothing_to_its_result(tmp_path):
     assert sft["tuned"]["recall"]["accuracy"] >= 0.9 and mix["tuned"]["recall"]["accuracy"] >= 0.9
     # 4.7 to 6.1 times on the bases of the README; other processors round to other bases
     assert mix["tuned"]["held_out"]["accuracy"] >= 3 * sft["tuned"]["held_out"]["accuracy"]
-    assert mix["retention"] == mix["tuned"]["held_out"]["accuracy"] / mix["base"]["held_out"]["accuracy"]
     assert sft["targets"]["nll"] >= 3 * mix["targets"]["nll"]
     assert abs(mix["targets"]["naive_share"] - 0.7) < 0.1 and sft["targets"]["naive_share"] is None
     assert sorted(p.name for p in (tmp_path / "mix").iterdir()) == (
