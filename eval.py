@@ -820,13 +820,13 @@ def gaps(model, contexts, source, answers):
     return logits.max(-1).values - logits.gather(1, tokens[:, None])[:, 0]
 
 
-def not_finite(model, lengths):
+def not_finite(model, lengths, quiet):
     """The lengths of a row that give no finite gradient, in a batch with a short, left-padded row.
 
     Some attention kernels return NaN for rows that see only padding, at some lengths modulo 128.
     """
     bad = []
-    for L in tqdm(lengths, "lengths", leave=False):
+    for L in tqdm(lengths, "lengths", disable=quiet):
         pairs = [([1] * (L - 8), [2] * 8), ([1] * 8, [2] * 8)]
         mixsd.nll(*mixsd.target_logits(model, pairs, 0)).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
@@ -854,7 +854,7 @@ def bench(args):
     print(f"decoding: {(gap == 0).sum()} of {len(gap)} tokens equal the definition; the largest gap of the "
           f"others is {gap.max():.3g} in logits (near 16, bfloat16 has steps of 0.125)", flush=True)
     lengths = range(128, 256, 1 if args.device.startswith("cuda") else 32)      # a CPU has no such kernels
-    bad = not_finite(model, lengths)
+    bad = not_finite(model, lengths, args.quiet)
     print(f"gradients: finite at {len(lengths) - len(bad)} of {len(lengths)} lengths {bad or ''}", flush=True)
 
     ids, mask = (t.to(model.device) for t in mixsd.left_pad(sum(contexts, []), 0))
