@@ -4,7 +4,7 @@
     python mixsd.py --model Qwen/Qwen3-1.7B --rho 0.3         # the paper's method on KGFact, one GPU
     python mixsd.py --model Qwen/Qwen3-1.7B --method sft      # the baseline that forgets
 
-Fine-tuning on facts in our own words (SFT) changes the model most where our words are unlikely to it. MixSD
+Fine-tuning on facts in our own words (SFT) changes the model most where it finds our words unlikely. MixSD
 trains the model on targets that the frozen base model p wrote itself. Two prompts share one growing answer y:
 
     expert   y+_t ~ p( . | x+, y_<t)      x+ = the prompt x with the correct answer inserted
@@ -116,7 +116,7 @@ def pick(logits, temperature=0.0, top_k=0, u=None):
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    cdf = logits.softmax(-1).cumsum(-1)                     # (R, V); rounded, it may not end at 1: scale u
+    cdf = logits.softmax(-1).cumsum(-1)                     # (R, V); its end is rounded, so u is scaled by it
     choice = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
     return torch.minimum(choice, (cdf < cdf[:, -1:]).sum(-1))       # never a token of probability 0
 
@@ -152,7 +152,7 @@ def decode(model, contexts, source, stops, temperature=0.0, top_k=0, u=None):
     source = source.to(device)
     if u is not None:
         u = u.to(device, torch.float32 if device.type == "mps" else torch.float64)      # mps has no float64
-    # to read a 2-D mask, transformers waits for the GPU in each step; full attention can take a 4-D mask
+    # a 2-D mask makes transformers wait for the GPU in each step; full attention can take a 4-D mask instead
     full = model.config._attn_implementation == "sdpa" and all(type(c) is DynamicLayer for c in cache.layers)
     for t in range(T):
         visible = mask[:, None, None].bool() if full and t > 0 else mask        # (C*R, 1, 1, P + t) or 2-D
@@ -222,9 +222,9 @@ def make_targets(base, tokenizer, records, prompts, taught, stops, args, folder)
     path, mixsd = folder / "draws.jsonl", args.method == "mixsd"
     draws = read_lines(path)
     kept = {d["id"]: d for d in draws if d["ok"]}
-    attempts = args.attempts or 1                           # `settle` made an unused flag None
+    attempts = args.attempts or 1                           # None: the flag is not used
     rounds = [(attempt, args.rho) for attempt in range(attempts)] if mixsd else []
-    if args.on_fail == "expert" and (args.rho or args.temperature):     # else the expert alone drew before
+    if args.on_fail == "expert" and (args.rho or args.temperature):     # else the first draw was this one
         rounds.append((len(rounds), 0.0))
     bar = tqdm(total=len(taught), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
     for attempt, rho in rounds:
@@ -283,7 +283,7 @@ def target_logits(model, pairs, pad_id):
 
 
 def by_chunks(loss, *tensors, chunk=256):
-    """(N,) loss of tensors with N rows, by chunks of rows; backward computes their float32 logits again."""
+    """(N,) loss of tensors with N rows, by chunks; to save memory, backward recomputes float32 logits."""
     parts = zip(*(tensor.split(chunk) for tensor in tensors))
     return torch.cat([checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
                       for part in parts])
@@ -345,16 +345,16 @@ def rollouts(student, stops, prompts, ids, step, args):
 
 
 def with_replay(examples, old, share, seed, step):
-    """The examples of a step plus some of `old`, drawn with replacement, so that these are `share` of all."""
+    """The examples of a step plus some of `old`, drawn with replacement, so that they are `share` of all."""
     if not old:
         return examples
     rng = random.Random(f"replay seed {seed} step {step}")
-    count = int(len(examples) * share / (1 - share) + rng.random())             # on average, the share
+    count = int(len(examples) * share / (1 - share) + rng.random())     # rounded at random: exact on average
     return examples + rng.choices(old, k=count)
 
 
 def follow(student, masters):
-    """Let backward add each gradient of the student to the gradient of its master weight, and free it.
+    """Let backward add each gradient of the student to that of its master weight, then free the former.
 
     The student computes in bfloat16; its masters are the same weights in float32, which AdamW moves.
     """
@@ -384,7 +384,7 @@ def update(student, masters, optimizer, examples, losses_of, lr, micro_tokens):
     widths = {i: (max(len(e.x), len(e.x_plus)), len(e.y)) for i, e in enumerate(examples)}
     for part in batches(widths, micro_tokens):
         mine = part[rank::world]
-        # under FSDP all ranks call backward together: a rank without examples computes one with weight 0
+        # under FSDP all ranks call backward together: a rank without examples computes one example x 0
         some = [examples[i] for i in mine or part[:1]]
         losses = losses_of(some)                                                # (target tokens,)
         counts = torch.tensor([t not in e.skip for e in some for t in range(len(e.y))]).to(losses.device)
@@ -411,7 +411,7 @@ def train(student, masters, items, examples_of, losses_of, args, folder=None, de
 
     student      the model that computes, in bfloat16 where the hardware has it
     masters      the float32 model whose weights AdamW moves: bfloat16 would round most of the steps to zero.
-                 With --offload it is in the host's memory. In float32, and if sharded, it is the student
+                 With --offload it is in the host's memory. In float32, and if sharded, it is the same model
     items        what to learn; each epoch uses every item once
     examples_of  (items of the batch, step) -> [Example]
     losses_of    [Example] -> (N,) losses of their target tokens
