@@ -617,8 +617,9 @@ def print_scores(ledger):
     for task, s in ledger["tasks"].items():
         label = f"  partial: {s['n']:,} of {s['of']:,}" if s["partial"] else ""
         if "nll" in s:
-            rise = "{rise:+.3f} [{low:+.3f}, {high:+.3f}] over the base, KL {kl:.3f}" if "rise" in s else ""
-            print(f"{task:17} {s['nll']:.3f} nats/token over {s['tokens']:,} tokens  {rise.format(**s)}{label}")
+            found = "{nll:.3f} nats/token over {tokens:,} tokens"
+            found += "  {rise:+.3f} [{low:+.3f}, {high:+.3f}] over the base, KL {kl:.3f}" if "rise" in s else ""
+            print(f"{task:17} {found.format(**s)}{label}")
         else:
             kinds = ", ".join(f"{kind} {count}" for kind, count in s["errors"].items())
             found = "{accuracy:.3f} [{low:.3f}, {high:.3f}]  n {n:,}".format(**s)
