@@ -618,7 +618,8 @@ def print_scores(ledger):
         label = f"  partial: {s['n']:,} of {s['of']:,}" if s["partial"] else ""
         if "nll" in s:
             found = "{nll:.3f} nats/token over {tokens:,} tokens"
-            found += "  {rise:+.3f} [{low:+.3f}, {high:+.3f}] over the base, KL {kl:.3f}" if "rise" in s else ""
+            if "rise" in s:
+                found += "  {rise:+.3f} [{low:+.3f}, {high:+.3f}] over the base, KL {kl:.3f}"
             print(f"{task:17} {found.format(**s)}{label}")
         else:
             kinds = ", ".join(f"{kind} {count}" for kind, count in s["errors"].items())
