@@ -4,7 +4,7 @@
     python eval.py --tasks gsm8k,math500,aime24,humaneval,mmlu --model RUN/model --base BASE_OUT \\
                    --allow-code-execution                                     # what the model forgot
     python eval.py --nll RUN/targets.jsonl ... --model BASE                   # NLL of targets under the base
-    python eval.py --fisher RUN ... --base BASE --fisher-tasks gsm8k,mmlu    # along which directions it moved
+    python eval.py --fisher RUN ... --base BASE --fisher-tasks gsm8k,mmlu     # how its weights moved
     python eval.py --report RUN ...                                           # one table, and frontier.png
     python eval.py --bench --model BASE                                       # how fast the code is
 

@@ -224,7 +224,7 @@ def make_targets(base, tokenizer, records, prompts, taught, stops, args, folder)
     kept = {d["id"]: d for d in draws if d["ok"]}
     attempts = args.attempts or 1                           # None: the flag is not used
     rounds = [(attempt, args.rho) for attempt in range(attempts)] if mixsd else []
-    if args.on_fail == "expert" and (args.rho or args.temperature):     # else the first draw was this one
+    if args.on_fail == "expert" and (args.rho or args.temperature):     # else the same as the first draw
         rounds.append((len(rounds), 0.0))
     bar = tqdm(total=len(taught), initial=len(kept), desc="targets kept", unit="", disable=args.quiet)
     for attempt, rho in rounds:
@@ -356,7 +356,7 @@ def with_replay(examples, old, share, seed, step):
 def follow(student, masters):
     """Let backward add each gradient of the student to that of its master weight, then free the former.
 
-    The student computes in bfloat16; its masters are the same weights in float32, which AdamW moves.
+    The masters are the same weights in float32, which AdamW moves; with --offload in the host's memory.
     """
     def move_grad(weight, p):
         grad = p.grad.to(weight)
@@ -376,15 +376,15 @@ def copy_weights(masters, student):
 def update(student, masters, optimizer, examples, losses_of, lr, micro_tokens):
     """One optimizer step; returns (loss, gradient norm, N).
 
-    N counts the target tokens of the step without those in `skip`. The loss is the mean over these tokens
-    before the update, and backward is called on it.
+    N counts the target tokens of the step without those in `skip` (1 if all are). The loss is the mean over
+    these tokens before the update, and backward is called on it.
     Raises RunError, and leaves the weights as they are, if the loss or the gradient is not finite.
     """
     (rank, world), N, loss = ranks(), sum(len(e.y) - len(e.skip) for e in examples) or 1, 0.0
     widths = {i: (max(len(e.x), len(e.x_plus)), len(e.y)) for i, e in enumerate(examples)}
     for part in batches(widths, micro_tokens):
         mine = part[rank::world]
-        # under FSDP all ranks call backward together: a rank without examples computes one example x 0
+        # under FSDP all ranks call backward: a rank without examples computes one example with weight 0
         some = [examples[i] for i in mine or part[:1]]
         losses = losses_of(some)                                                # (target tokens,)
         counts = torch.tensor([t not in e.skip for e in some for t in range(len(e.y))]).to(losses.device)
